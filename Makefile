@@ -27,11 +27,22 @@ test: env
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest -q tests
 
+# nbdev prepares the notebooks for a renderer in _proc/: hidden cells gone, signatures documented
+PREPARE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -c \
+  'if __name__ == "__main__": from nbdev.serve import proc_nbs; proc_nbs(force=True)'
+
 docs: env
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python docs.py site
+	@if command -v quarto >/dev/null; then PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs; else \
+	  echo "Quarto is not installed: smalldocs renders the site instead."; \
+	  $(PREPARE) && $(BIN)/smalldocs render _proc --quiet && rm -rf _docs && mv _proc/_docs _docs; \
+	fi
+	@echo "The site is in _docs/: open _docs/index.html"
 
 readme: env
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python docs.py readme
+	@$(PREPARE)
+	@$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README _proc/index.ipynb
+	@sed -i -e '1i <!-- Written from nbs/index.ipynb by `make readme`: edit the notebook. -->\n' \
+	  -e 's|](images/|](nbs/images/|g' README.md
 
 bench: env
 	@$(BIN)/astromae bench bench
