@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['warmup_cosine', 'rate_curve', 'decaying_restarts']
 
-# %% ../nbs/20_schedules.ipynb #8796ce9d
+# %% ../nbs/20_schedules.ipynb #347b5513
 import math
 from collections.abc import Callable
 
@@ -14,13 +14,13 @@ from fastai.callback.schedule import SchedCos, SchedLin, combine_scheds
 
 from .errors import InputError
 
-# %% ../nbs/20_schedules.ipynb #825f8d67
+# %% ../nbs/20_schedules.ipynb #e2d6df07
 def _check_epochs(**epochs):
     "Raise `InputError` unless each number of epochs is above zero."
     for name, value in epochs.items():
-        if not value > 0: raise InputError(f"{name} is {value}; give a number of epochs above zero.")
+        if not value > 0: raise InputError(f"{name} is {value}; give a number above zero.")
 
-# %% ../nbs/20_schedules.ipynb #30e3776c
+# %% ../nbs/20_schedules.ipynb #22af1c6d
 def warmup_cosine(epochs: float = 2000,       # length of the run
                   warmup_epochs: float = 196, # epochs of linear climb, fewer than `epochs`
                   peak: float = 1.17e-3,      # highest rate, at the end of the climb
@@ -30,12 +30,12 @@ def warmup_cosine(epochs: float = 2000,       # length of the run
     "The paper's pretraining schedule: a linear climb to `peak`, then half a cosine down to `end`."
     _check_epochs(epochs=epochs)
     if not 0 <= warmup_epochs < epochs:
-        raise InputError(f"a warm-up of {warmup_epochs} epochs does not fit into a run of {epochs}; "
-                         "choose fewer warm-up epochs (about a tenth of the run).")
+        raise InputError(f"a warm-up of {warmup_epochs} epochs does not fit into a run of "
+                         f"{epochs}; choose fewer warm-up epochs (about a tenth of the run).")
     climb = warmup_epochs/epochs
     return combine_scheds([climb, 1 - climb], [SchedLin(start, peak), SchedCos(peak, end)])
 
-# %% ../nbs/20_schedules.ipynb #f897bf9c
+# %% ../nbs/20_schedules.ipynb #723119d9
 def rate_curve(schedule: Callable[[float], float], # rate at `pos` in [0, 1]
                epochs: int,                        # length of the run
                steps_per_epoch: int = 1            # batches in an epoch
@@ -44,7 +44,7 @@ def rate_curve(schedule: Callable[[float], float], # rate at `pos` in [0, 1]
     steps = np.arange(epochs*steps_per_epoch)
     return steps/steps_per_epoch, np.array([schedule(pos) for pos in steps/len(steps)])
 
-# %% ../nbs/20_schedules.ipynb #9cdd7740
+# %% ../nbs/20_schedules.ipynb #7647b277
 def decaying_restarts(epochs: float = 700,  # length of the run
                       start: float = 1e-4,  # rate of the first step
                       cycle: float = 10,    # epochs from one restart to the next
