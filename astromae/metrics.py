@@ -4,23 +4,23 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'normalised_residual', 'mse', 'mae', 'r2', 'bias', 'median_bias', 'precision', 'sigma_mad',
-           'outlier_fraction_005', 'outlier_fraction_015', 'evaluate', 'paired_bootstrap']
+           'outlier_fraction_005', 'outlier_fraction_015', 'check_redshifts', 'evaluate', 'paired_bootstrap']
 
-# %% ../nbs/30_metrics.ipynb #04e8c60f
+# %% ../nbs/30_metrics.ipynb #0961dc58
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from .errors import InputError
 
-# %% ../nbs/30_metrics.ipynb #3b1577b0
+# %% ../nbs/30_metrics.ipynb #4e8590b1
 def normalised_residual(z_phot: np.ndarray, # predicted redshifts, (..., N)
                         z_spec: np.ndarray  # spectroscopic redshifts, (..., N)
                        ) -> np.ndarray:     # dz, (..., N)
     "dz = (z_phot - z_spec) / (1 + z_spec)."
     return (z_phot - z_spec)/(1 + z_spec)
 
-# %% ../nbs/30_metrics.ipynb #f46e784d
+# %% ../nbs/30_metrics.ipynb #1fac281a
 def mse(z_phot, z_spec):
     "Mean squared error: mean of (z_phot - z_spec)^2."
     return np.mean((z_phot - z_spec)**2, axis=-1)
@@ -29,13 +29,13 @@ def mae(z_phot, z_spec):
     "Mean absolute error: mean of |z_phot - z_spec|."
     return np.mean(np.abs(z_phot - z_spec), axis=-1)
 
-# %% ../nbs/30_metrics.ipynb #9d95c88d
+# %% ../nbs/30_metrics.ipynb #712fb6fb
 def r2(z_phot, z_spec):
-    "Coefficient of determination: 1 - mse / variance of z_spec; NaN where the variance is 0."
-    variance = np.var(z_spec, axis=-1)
-    return 1 - mse(z_phot, z_spec)/np.where(variance > 0, variance, np.nan)
+    "Coefficient of determination: 1 - mse / variance of z_spec; NaN where all z_spec are equal."
+    variance = np.where(np.ptp(z_spec, axis=-1) > 0, np.var(z_spec, axis=-1), np.nan)
+    return 1 - mse(z_phot, z_spec)/variance
 
-# %% ../nbs/30_metrics.ipynb #2a19dbe9
+# %% ../nbs/30_metrics.ipynb #a2626d75
 def bias(z_phot, z_spec):
     "Mean of dz, where dz = (z_phot - z_spec) / (1 + z_spec)."
     return np.mean(normalised_residual(z_phot, z_spec), axis=-1)
@@ -44,7 +44,7 @@ def median_bias(z_phot, z_spec):
     "Median of dz, where dz = (z_phot - z_spec) / (1 + z_spec)."
     return np.median(normalised_residual(z_phot, z_spec), axis=-1)
 
-# %% ../nbs/30_metrics.ipynb #11961f00
+# %% ../nbs/30_metrics.ipynb #fafd7b63
 def precision(z_phot, z_spec):
     "1.48 median|dz| (the paper's Eq. 8), where dz = (z_phot - z_spec) / (1 + z_spec)."
     return 1.48*np.median(np.abs(normalised_residual(z_phot, z_spec)), axis=-1)
@@ -54,7 +54,7 @@ def sigma_mad(z_phot, z_spec):
     dz = normalised_residual(z_phot, z_spec)
     return 1.4826*np.median(np.abs(dz - np.median(dz, axis=-1, keepdims=True)), axis=-1)
 
-# %% ../nbs/30_metrics.ipynb #cb1daf6b
+# %% ../nbs/30_metrics.ipynb #e136bdec
 def _outlier_fraction(z_phot, z_spec, threshold):
     "Fraction of galaxies with |dz| > `threshold`."
     return np.mean(np.abs(normalised_residual(z_phot, z_spec)) > threshold, axis=-1)
@@ -67,15 +67,17 @@ def outlier_fraction_015(z_phot, z_spec):
     "Fraction of galaxies with |dz| > 0.15, where dz = (z_phot - z_spec) / (1 + z_spec)."
     return _outlier_fraction(z_phot, z_spec, 0.15)
 
-# %% ../nbs/30_metrics.ipynb #0f44a5cf
+# %% ../nbs/30_metrics.ipynb #9286a6ca
 METRICS: dict[str, Callable] = {function.__name__: function for function in (
     mse, mae, bias, precision, r2, sigma_mad, median_bias, outlier_fraction_005,
     outlier_fraction_015)}
 
-# %% ../nbs/30_metrics.ipynb #7533e69b
+# %% ../nbs/30_metrics.ipynb #548c17bd
 def _as_redshifts(values, name: str) -> np.ndarray:
     "`values` as a float64 array (N,); `InputError` unless they are finite numbers in one row."
-    values = np.ma.filled(np.ma.asarray(values).astype(np.float64), np.nan)
+    try: values = np.ma.filled(np.ma.asarray(values).astype(np.float64), np.nan)
+    except ValueError as error:
+        raise InputError(f"{name} does not hold numbers; give one number per galaxy.") from error
     if values.ndim != 1:
         raise InputError(f"{name} has the shape {values.shape}; give one number per galaxy, (N,).")
     bad = np.flatnonzero(~np.isfinite(values))
@@ -84,9 +86,11 @@ def _as_redshifts(values, name: str) -> np.ndarray:
                          f"being row {bad[0]}; leave these galaxies out or predict them again.")
     return values
 
-# %% ../nbs/30_metrics.ipynb #d01d0fec
-def _check(z_spec, **predictions) -> list[np.ndarray]:
-    "`z_spec` and predictions as arrays of one length; `InputError` if anything is wrong with them."
+# %% ../nbs/30_metrics.ipynb #97e595f8
+def check_redshifts(z_spec,       # spectroscopic redshifts, (N,)
+                    **predictions # by their names: predicted redshifts, (N,) each
+                   ) -> list[np.ndarray]: # z_spec and the predictions, float64
+    "Redshifts of the same galaxies as arrays; `InputError` if anything is wrong with them."
     z_spec = _as_redshifts(z_spec, "z_spec")
     if len(z_spec) == 0: raise InputError("z_spec is empty; give at least one galaxy.")
     if z_spec.min() <= -1:
@@ -99,7 +103,7 @@ def _check(z_spec, **predictions) -> list[np.ndarray]:
                              "give both for the same galaxies in the same order.")
     return [z_spec, *arrays]
 
-# %% ../nbs/30_metrics.ipynb #dbf0ee10
+# %% ../nbs/30_metrics.ipynb #7668ec4e
 def _resamples(n: int,                # galaxies
                n_bootstrap: int,      # resamples
                seed: int,             # of the random draws
@@ -110,7 +114,7 @@ def _resamples(n: int,                # galaxies
     for done in range(0, n_bootstrap, rows):
         yield generator.integers(0, n, (min(rows, n_bootstrap - done), n))
 
-# %% ../nbs/30_metrics.ipynb #5388d4e7
+# %% ../nbs/30_metrics.ipynb #6caf6038
 def _plain(value) -> float|None:
     "`value` as a Python float; None if it is not a finite number."
     return float(value) if np.isfinite(value) else None
@@ -120,14 +124,14 @@ def _spread(samples: np.ndarray) -> float|None:
     samples = samples[np.isfinite(samples)]
     return float(samples.std()) if len(samples) > 1 else None
 
-# %% ../nbs/30_metrics.ipynb #580448a7
+# %% ../nbs/30_metrics.ipynb #998ffd32
 def evaluate(z_phot: np.ndarray,      # predicted redshifts, (N,)
              z_spec: np.ndarray,      # spectroscopic redshifts, (N,)
              n_bootstrap: int = 1000, # resamples for the errors; 0: no errors
              seed: int = 0            # of the resamples
             ) -> dict:                # `n`, each of `METRICS` by name, `errors` by the same names
     "Every metric of these predictions with its bootstrap error; `InputError` on unusable numbers."
-    z_spec, z_phot = _check(z_spec, z_phot=z_phot)
+    z_spec, z_phot = check_redshifts(z_spec, z_phot=z_phot)
     samples = {name: [] for name in METRICS}
     for rows in _resamples(len(z_spec), n_bootstrap, seed):
         phot, spec = z_phot[rows], z_spec[rows]
@@ -136,7 +140,7 @@ def evaluate(z_phot: np.ndarray,      # predicted redshifts, (N,)
     errors = {name: _spread(np.concatenate(drawn)) for name, drawn in samples.items() if drawn}
     return {"n": len(z_spec), **values, "errors": errors}
 
-# %% ../nbs/30_metrics.ipynb #488099e3
+# %% ../nbs/30_metrics.ipynb #4b1632ec
 _COMPARISONS = {"difference": np.subtract, "ratio": np.divide}
 
 def paired_bootstrap(z_a: np.ndarray,           # redshifts predicted by the first network, (N,)
@@ -151,7 +155,7 @@ def paired_bootstrap(z_a: np.ndarray,           # redshifts predicted by the fir
     for name, known in ((metric, METRICS), (how, _COMPARISONS)):
         if name not in known:
             raise InputError(f"there is no {name!r}; choose one of {', '.join(known)}.")
-    z_spec, z_a, z_b = _check(z_spec, z_a=z_a, z_b=z_b)
+    z_spec, z_a, z_b = check_redshifts(z_spec, z_a=z_a, z_b=z_b)
     def measure(rows=slice(None)):
         "The metric of both networks on these rows."
         return [METRICS[metric](z[rows], z_spec[rows]) for z in (z_a, z_b)]
