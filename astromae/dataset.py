@@ -6,8 +6,8 @@
 __all__ = ['EXPERIMENT_1', 'required_columns', 'write_stamp_set', 'StampSet', 'split', 'house_catalogue', 'import_arrays',
            'import_npz']
 
-# %% ../nbs/03_dataset.ipynb #4cc1bf03
-import hashlib, json, warnings, zipfile, zlib
+# %% ../nbs/03_dataset.ipynb #ee758fdf
+import hashlib, io, json, warnings, zipfile, zlib
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +15,16 @@ from typing import Iterable, Iterator
 
 import numpy as np
 import pandas as pd
-from astropy.io.fits.verify import VerifyWarning
+from astropy.io import fits
 from astropy.table import Table, vstack
+from astropy.utils.exceptions import AstropyUserWarning
 from fastcore.basics import patch
 from tqdm import tqdm
 
 from .errors import InputError, from_os_error, write_aside
 from .survey import BANDS, PIXEL_SCALE
 
-# %% ../nbs/03_dataset.ipynb #28235dd2
+# %% ../nbs/03_dataset.ipynb #5f433f2b
 def required_columns(bands: Iterable[str] = BANDS # names of the bands
                     ) -> list[str]:               # names of the columns
     "The columns without which a catalogue is refused."
@@ -46,7 +47,7 @@ def _check_catalogue(catalogue: Table, bands, where: str):
     if catalogue["objid"].dtype.kind not in "iu" or np.ma.is_masked(catalogue["objid"]):
         raise InputError(f"the column 'objid' of {where} must be whole numbers, one for every row.")
 
-# %% ../nbs/03_dataset.ipynb #a51ec31d
+# %% ../nbs/03_dataset.ipynb #7919ab3b
 def _tidy_catalogue(catalogue: Table, bands) -> Table:
     "The same catalogue with the house's types; other columns are shared, not copied."
     tidy = Table(catalogue, copy=False)
@@ -58,10 +59,11 @@ def _tidy_catalogue(catalogue: Table, bands) -> Table:
     return tidy
 
 def _as_floats(values) -> np.ndarray:
-    "`values` as float64, NaN where they are masked."
+    "`values` as float64, NaN where they are masked; copied only where that is needed."
+    if not np.ma.is_masked(values): return np.asarray(values, float)
     return np.ma.filled(np.ma.asarray(values).astype(float), np.nan)
 
-# %% ../nbs/03_dataset.ipynb #0e694c11
+# %% ../nbs/03_dataset.ipynb #c2a534e3
 def _check_stamps(images: np.ndarray, # (k, B, H, W) stamps as they are to be stored
                   shape: tuple,       # what (B, H, W) must be
                   first: int,         # row of the first of them in the set
@@ -78,7 +80,7 @@ def _check_stamps(images: np.ndarray, # (k, B, H, W) stamps as they are to be st
         f"in {images.dtype}, and so have {len(bad) - 1} more of these {len(images)}; mend these "
         "stamps or leave them out.")
 
-# %% ../nbs/03_dataset.ipynb #79926cef
+# %% ../nbs/03_dataset.ipynb #acb5cb43
 class _HashedFile:
     "A new file whose SHA-256 is taken while it is written."
     def __init__(self, path): self.file, self.sha256 = open(path, "wb"), hashlib.sha256()
@@ -92,37 +94,46 @@ def _sha256(path) -> str:
     "SHA-256 of a file, which `sha256sum` prints too."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/03_dataset.ipynb #9a678614
-def _write_images(path, chunks, n, bands, dtype, progress) -> tuple[tuple, str, list]:
-    "Write the stamps of all chunks to one `.npy`; return its shape, SHA-256 and the tables."
-    shape, row, tables = None, 0, []
+# %% ../nbs/03_dataset.ipynb #bac8b9f2
+def _write_images(path, chunks, n, n_bands, dtype, progress) -> tuple[tuple, str]:
+    "Write pairs of stamps and their `objid` to one `.npy`; return its shape and SHA-256."
+    shape, row = None, 0
     with _HashedFile(path) as file, tqdm(total=n, unit=" stamps", disable=not progress) as bar:
-        for images, table in chunks:
-            _check_chunk(images, table, row, tables, bands)
+        for images, objid in chunks:
+            if len(objid) != len(images): raise InputError(
+                f"the catalogue has {len(objid)} rows for the {len(images)} stamps from row {row} "
+                "on; give one row for each stamp.")
             with np.errstate(over="ignore"): images = np.ascontiguousarray(images, dtype)
             if shape is None:
-                shape = (n, len(bands), *images.shape[2:])
+                shape = (n, n_bands, *images.shape[2:])
                 np.lib.format.write_array_header_1_0(
                     file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
-            _check_stamps(images, shape[1:], row, table["objid"])
+            _check_stamps(images, shape[1:], row, objid)
             file.write(memoryview(images).cast("B"))
-            tables.append(table)
             row += len(images)
             bar.update(len(images))
     if row != n or n == 0: raise InputError(
         f"{row:,} stamps came where {n:,} were announced; announce what comes, at least one.")
-    return shape, file.sha256.hexdigest(), tables
+    return shape, file.sha256.hexdigest()
 
-def _check_chunk(images, table, row, before, bands):
-    "Refuse a chunk whose rows of the catalogue do not fit its stamps or the chunks before."
-    if len(table) != len(images): raise InputError(
-        f"the catalogue has {len(table)} rows for the {len(images)} stamps from row {row} on; give "
-        "one row for each stamp.")
-    if not before: _check_catalogue(table, bands, "the catalogue")
-    elif table.colnames != before[0].colnames: raise InputError(
-        f"the catalogue has other columns from row {row} on; give every row the same columns.")
+# %% ../nbs/03_dataset.ipynb #a9acf4b7
+def _with_objid(chunks, catalogue, tables, bands) -> Iterator:
+    "Pairs of stamps and their `objid`; the chunks' own rows are checked and go into `tables`."
+    row = 0
+    for chunk in chunks:
+        if catalogue is not None:
+            yield chunk, catalogue["objid"][row:row + len(chunk)]
+            row += len(chunk)
+            continue
+        images, table = chunk
+        if not tables: _check_catalogue(table, bands, "the catalogue")
+        elif table.colnames != tables[0].colnames: raise InputError(
+            f"chunk {len(tables)} of the catalogue has other columns than the chunks before; give "
+            "every row the same columns.")
+        tables.append(table)
+        yield images, table["objid"]
 
-# %% ../nbs/03_dataset.ipynb #b79e6d22
+# %% ../nbs/03_dataset.ipynb #2e5384b2
 def _check_destination(folder: Path, overwrite: bool):
     "Refuse a destination that holds something which may not be replaced."
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())): return
@@ -131,16 +142,33 @@ def _check_destination(folder: Path, overwrite: bool):
     if not overwrite: raise InputError(
         f"the stamp set {folder} is there already; choose another name or ask to overwrite it.")
 
-def _write_catalogue(path, catalogue: Table, bands) -> str:
-    "Write the catalogue as a FITS table; return its SHA-256."
-    _check_catalogue(catalogue, bands, "the catalogue")
-    try: _tidy_catalogue(catalogue, bands).write(path, format="fits")
-    except (ValueError, TypeError) as error:
-        raise InputError(f"the catalogue cannot be written as a FITS table ({error}); leave out or "
-                         "change what FITS cannot hold.") from error
-    return _sha256(path)
+def _write_catalogue(path, catalogue: Table, bands, block=5_000) -> str:
+    "Write the catalogue as a FITS table, some rows at a time; return its SHA-256."
+    catalogue = _tidy_catalogue(catalogue, bands)
+    with _HashedFile(path) as file:
+        try:
+            for start in range(0, len(catalogue), block):
+                header, rows = _fits_bytes(catalogue[start:start + block], len(catalogue))
+                if start == 0: file.write(header)
+                file.write(rows)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"the catalogue cannot be written as a FITS table ({error}); leave "
+                             "out or change what FITS cannot hold.") from error
+        file.write(bytes(-file.file.tell() % 2880))
+    return file.sha256.hexdigest()
 
-# %% ../nbs/03_dataset.ipynb #5f50a380
+def _fits_bytes(some: Table, n: int) -> tuple[bytes, bytes]:
+    "The header of a FITS table of `n` rows, and `some` of the rows."
+    hdus = fits.HDUList([fits.PrimaryHDU(), fits.table_to_hdu(some)])
+    buffer = io.BytesIO()
+    hdus.writeto(buffer)
+    start = sum(len(hdu.header.tostring()) for hdu in hdus)
+    size = len(some)*hdus[1].header["NAXIS1"]
+    hdus[1].header["NAXIS2"] = n
+    header = "".join(hdu.header.tostring() for hdu in hdus).encode("ascii")
+    return header, buffer.getbuffer()[start:start + size]
+
+# %% ../nbs/03_dataset.ipynb #8bc0ef68
 def write_stamp_set(
     folder,                         # where the set is to be
     chunks: Iterable,               # pairs of images (k, B, H, W) and `Table` of k rows
@@ -160,11 +188,15 @@ def write_stamp_set(
     if dtype not in (np.float16, np.float32): raise InputError(
         f"stamps are kept as float32 or float16 and not as {dtype}; choose one of these.")
     _check_destination(folder, overwrite)
-    if catalogue is not None: chunks = _with_rows(chunks, catalogue)
+    if catalogue is not None: _check_catalogue(catalogue, bands, "the catalogue")
+    tables = []
+    chunks = _with_objid(chunks, catalogue, tables, bands)
     with write_aside(folder) as new:
         new.mkdir()
-        shape, sha256, tables = _write_images(new/"images.npy", chunks, n, bands, dtype, progress)
+        shape, sha256 = _write_images(new/"images.npy", chunks, n, len(bands), dtype, progress)
         if catalogue is None: catalogue = vstack(tables, metadata_conflicts="silent")
+        if len(catalogue) != n: raise InputError(
+            f"the catalogue has {len(catalogue):,} rows for {n:,} stamps; give one for each stamp.")
         sums = {"images.npy": sha256,
                 "catalogue.fits": _write_catalogue(new/"catalogue.fits", catalogue, bands)}
         description = dict(bands=bands, unit=unit, pixel_scale=float(pixel_scale), origin=origin,
@@ -172,16 +204,7 @@ def write_stamp_set(
         (new/"description.json").write_text(json.dumps(description, indent=2) + "\n")
     return StampSet.open(folder)
 
-def _with_rows(chunks, catalogue) -> Iterator:
-    "Put its rows of the catalogue beside each chunk of images."
-    row = 0
-    for images in chunks:
-        yield images, catalogue[row:row + len(images)]
-        row += len(images)
-    if row != len(catalogue): raise InputError(
-        f"the catalogue has {len(catalogue):,} rows for {row:,} stamps; give one for each stamp.")
-
-# %% ../nbs/03_dataset.ipynb #16b5014e
+# %% ../nbs/03_dataset.ipynb #0348d96f
 class StampSet:
     "Galaxy stamps and their catalogue in one folder; pixels stay on disk until they are asked for."
     def __init__(self,
@@ -203,7 +226,7 @@ class StampSet:
                 f"in {''.join(self.bands)}, {self.labelled.sum():,} with redshift, "
                 f"{self.images.dtype})")
 
-# %% ../nbs/03_dataset.ipynb #c86548cb
+# %% ../nbs/03_dataset.ipynb #bcc95d39
 @patch
 def magnitudes(self: StampSet) -> np.ndarray: # (N, B) float32, AB mag
     "Dereddened magnitudes in the order of the bands."
@@ -220,7 +243,7 @@ def labelled(self: StampSet) -> np.ndarray: # (N,) bool
     "True where a galaxy has a spectroscopic redshift."
     return np.isfinite(self.redshifts())
 
-# %% ../nbs/03_dataset.ipynb #bd158c2a
+# %% ../nbs/03_dataset.ipynb #f495e9e4
 @contextmanager
 def _judging(path):
     "Say in one sentence whatever goes wrong when the file `path` of a stamp set is read."
@@ -251,15 +274,15 @@ def open(cls: StampSet, folder): # the folder of a stamp set
         if (folder/"images.npy").stat().st_size != images.offset + images.nbytes:
             raise ValueError("bytes follow where it should end")
     with _judging(folder/"catalogue.fits"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", VerifyWarning)
-        catalogue = Table.read(folder/"catalogue.fits", format="fits", mask_invalid=False)
+        warnings.simplefilter("ignore", AstropyUserWarning)
+        catalogue = Table.read(folder/"catalogue.fits", format="fits", memmap=True)
         catalogue.convert_bytestring_to_unicode()
         if len(catalogue) != len(images): raise ValueError(
             f"{len(catalogue):,} rows for {len(images):,} stamps")
         _check_catalogue(catalogue, description["bands"], folder/"catalogue.fits")
         return cls(folder, images, catalogue, description)
 
-# %% ../nbs/03_dataset.ipynb #55f3be71
+# %% ../nbs/03_dataset.ipynb #fba5e9ce
 @patch
 def verify(self: StampSet) -> StampSet: # the set itself
     "Compare the files with their checksums; `InputError` names one that has changed."
@@ -268,7 +291,7 @@ def verify(self: StampSet) -> StampSet: # the set itself
             if _sha256(self.folder/name) != sha256: raise ValueError("its checksum is another")
     return self
 
-# %% ../nbs/03_dataset.ipynb #4425553b
+# %% ../nbs/03_dataset.ipynb #335eb293
 EXPERIMENT_1 = {"unlabelled": 0.8, "watch": 0.1, "train": 0.07, "valid": 0.01, "test": 0.02}
 
 def split(objid,                           # (N,) the galaxy that each row shows
@@ -290,7 +313,7 @@ def split(objid,                           # (N,) the galaxy that each row shows
             "them) would be empty; take more galaxies or a larger fraction.")
     return parts
 
-# %% ../nbs/03_dataset.ipynb #2dde8ce6
+# %% ../nbs/03_dataset.ipynb #c4a910de
 def _known_names(names, bands) -> dict[str, str]:
     "Their name -> the house's name, for those of `names` that are simply called otherwise."
     known = [("objID", "objid"), ("specObjID", "objid"), ("z", "z_spec"), ("zErr", "z_err"),
@@ -305,7 +328,7 @@ def _known_names(names, bands) -> dict[str, str]:
         if theirs in names and not taken: renamed[theirs] = ours
     return renamed
 
-# %% ../nbs/03_dataset.ipynb #f257b624
+# %% ../nbs/03_dataset.ipynb #f49e66ef
 def house_catalogue(catalogue,                    # `Table`, record array, DataFrame or dict
                     n: int,                       # number of stamps that it describes
                     bands: Iterable[str] = BANDS, # names of the bands
@@ -331,7 +354,7 @@ def house_catalogue(catalogue,                    # `Table`, record array, DataF
 def _above(floor, values) -> np.ndarray:
     "`values` as floats, NaN where they are masked or not above `floor`."
     values = _as_floats(values)
-    return np.where(values > floor, values, np.nan)
+    return values if (values > floor).all() else np.where(values > floor, values, np.nan)
 
 def _whole_numbers(values, where) -> np.ndarray:
     "`values` as int64, from whole numbers of any type or from their digits."
@@ -342,13 +365,13 @@ def _whole_numbers(values, where) -> np.ndarray:
     except (ValueError, TypeError, OverflowError) as error: raise InputError(
         f"the column 'objid' of {where} must be whole numbers, one for every row.") from error
 
-# %% ../nbs/03_dataset.ipynb #8cac3449
+# %% ../nbs/03_dataset.ipynb #24f9eab1
 def import_arrays(cube,                          # (N, H, W, B) stamps, or (N, B, H, W)
                   catalogue,                     # `Table`, record array, DataFrame or dict
                   folder,                        # where the set is to be
                   channels_last: bool = True,    # are the bands the last axis?
                   bands: Iterable[str] = BANDS,  # names of the bands, in the cube's order
-                  block: int = 512,              # stamps in memory at a time
+                  block: int = 256,              # stamps in memory at a time
                   **settings                     # as for `write_stamp_set`
                  ) -> StampSet:                  # the set, opened
     "Write an array of stamps and their catalogue, whichever way it names things, as a stamp set."
@@ -360,7 +383,7 @@ def import_arrays(cube,                          # (N, H, W, B) stamps, or (N, B
     return write_stamp_set(folder, blocks, len(cube), bands=bands, catalogue=catalogue,
                            filled=filled, **settings)
 
-# %% ../nbs/03_dataset.ipynb #8824f495
+# %% ../nbs/03_dataset.ipynb #698a200e
 def _read_header(member) -> tuple[tuple, bool, np.dtype]:
     "Shape, Fortran order and type of an array from the start of its `.npy` stream."
     version = np.lib.format.read_magic(member)
@@ -382,7 +405,7 @@ def _read_blocks(member, shape, dtype, block) -> Iterator[np.ndarray]:
         yield rows
     if member.read(1): raise ValueError("it is longer than its header says")
 
-# %% ../nbs/03_dataset.ipynb #3d119e6d
+# %% ../nbs/03_dataset.ipynb #fd996486
 @contextmanager
 def _reading(path):
     "Say in one sentence whatever goes wrong when the archive `path` is read."
@@ -401,11 +424,11 @@ def _check_cube(where, shape, fortran, dtype, bands):
     if fortran: raise InputError(f"{where} is in Fortran order, which cannot be streamed; save it "
                                  "with np.ascontiguousarray, or load it and use import_arrays.")
 
-# %% ../nbs/03_dataset.ipynb #43cae658
+# %% ../nbs/03_dataset.ipynb #0ed81d22
 def import_npz(path,                          # an npz like `sdss.npz`
                folder,                        # where the set is to be
                dtype: str = "float32",        # of the pixels on disk, or `float16`
-               block: int = 512,              # stamps in memory at a time
+               block: int = 256,              # stamps in memory at a time
                cube: str = "cube",            # member with the stamps, (N, H, W, B)
                labels: str = "labels",        # member with the catalogue, a record array
                bands: Iterable[str] = BANDS,  # names of the bands, in the cube's order

@@ -48,7 +48,7 @@ def write_npz(path, cube=None, labels=None, **others):
     (lambda i, t: (i[:, :4], t), "shape (4, 8, 8) and not (5, 8, 8)"),
     (lambda i, t: (i[:, 0], t), "shape (8, 8) and not (5, 8, 8)"),
     (lambda i, t: (i, t[:-1]), "9 rows for the 10 stamps"),
-    (lambda i, t: (i, t["objid", "ra"]), "other columns from row 10 on"),
+    (lambda i, t: (i, t["objid", "ra"]), "chunk 1 of the catalogue has other columns"),
     (lambda i, t: (i[:9], t[:9]), "19 stamps came where 20 were announced"),
 ])
 def test_bad_chunks_are_refused_and_leave_nothing(tmp_path, change, message):
@@ -164,6 +164,7 @@ def spoil_json(folder, **changes):
     (lambda f: (f/"description.json").write_text("{}"), "description.json is not what"),
     (lambda f: (f/"description.json").write_bytes(b"\xff\xfe"), "description.json is not what"),
     (lambda f: (f/"images.npy").write_bytes(b""), "images.npy is not what"),
+    (lambda f: os.truncate(f/"catalogue.fits", 6000), "catalogue.fits is not what"),
     (lambda f: (f/"catalogue.fits").write_bytes(b"nothing"), "catalogue.fits is not what"),
     (lambda f: os.truncate(f/"catalogue.fits", 3000), "catalogue.fits is not what"),
     (lambda f: os.truncate(f/"images.npy", 20_000), "images.npy is not what"),
