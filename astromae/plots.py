@@ -6,7 +6,7 @@
 __all__ = ['STYLE', 'figure_style', 'point_density', 'density_scatter', 'running_percentiles', 'plot_residuals', 'colour_image',
            'mask_to_pixels', 'plot_reconstructions', 'plot_rates', 'plot_losses']
 
-# %% ../nbs/31_plots.ipynb #0cd09c05
+# %% ../nbs/31_plots.ipynb #b9c723d1
 from collections.abc import Sequence
 from contextlib import contextmanager
 
@@ -22,7 +22,7 @@ from .errors import InputError
 from .metrics import check_redshifts, normalised_residual, outlier_fraction_005, sigma_mad
 from .survey import BANDS
 
-# %% ../nbs/31_plots.ipynb #e37526f5
+# %% ../nbs/31_plots.ipynb #ab95d976
 STYLE = {"figure.dpi": 80, "figure.constrained_layout.use": True, "font.size": 9,
          "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
          "legend.frameon": False, "image.origin": "lower", "image.interpolation": "nearest"}
@@ -33,7 +33,7 @@ def figure_style():
     plt.draw_if_interactive()  # pyplot loads its backend now, so that leaving does not undo it
     with plt.rc_context(STYLE): yield
 
-# %% ../nbs/31_plots.ipynb #cbfd612b
+# %% ../nbs/31_plots.ipynb #f30f547d
 def point_density(x: np.ndarray,      # (N,)
                   y: np.ndarray,      # (N,), in the unit of `x`
                   width: float,       # standard deviation of the smoothing, in the unit of `x`
@@ -47,7 +47,7 @@ def point_density(x: np.ndarray,      # (N,)
     places = [(values - limits[0])/cell - 0.5 for values in (x, y)]
     return map_coordinates(smooth, places, order=1, mode="nearest")/cell**2
 
-# %% ../nbs/31_plots.ipynb #92f22512
+# %% ../nbs/31_plots.ipynb #22c6f456
 def _panel_text(z_spec, z_phot, limits) -> str:
     "The lines in the corner of a scatter plot: number, scatter, outliers, and what lies outside."
     lines = [f"n = {len(z_spec):,}", rf"$\sigma_\mathrm{{MAD}}$ = {sigma_mad(z_phot, z_spec):.4f}",
@@ -56,7 +56,7 @@ def _panel_text(z_spec, z_phot, limits) -> str:
     outside = np.count_nonzero(~inside.all(axis=0))
     return "\n".join(lines + [f"outside: {outside:,}"] if outside else lines)
 
-# %% ../nbs/31_plots.ipynb #71b28219
+# %% ../nbs/31_plots.ipynb #6b3ef113
 @figure_style()
 def density_scatter(z_spec: np.ndarray,           # spectroscopic redshifts, (N,)
                     z_phot: np.ndarray,           # predicted redshifts, (N,)
@@ -86,7 +86,7 @@ def density_scatter(z_spec: np.ndarray,           # spectroscopic redshifts, (N,
     if colorbar: ax.figure.colorbar(drawn, ax=ax, label=r"galaxies per 0.01 $\times$ 0.01")
     return ax
 
-# %% ../nbs/31_plots.ipynb #ed457da4
+# %% ../nbs/31_plots.ipynb #9e3045b6
 def running_percentiles(x: np.ndarray,         # (N,)
                         y: np.ndarray,         # (N,)
                         bins: int = 20,        # groups of (nearly) equal number
@@ -97,7 +97,7 @@ def running_percentiles(x: np.ndarray,         # (N,)
     centres = np.array([np.median(x[rows]) for rows in groups])
     return centres, np.stack([np.percentile(y[rows], percents) for rows in groups], axis=1)
 
-# %% ../nbs/31_plots.ipynb #66d356ca
+# %% ../nbs/31_plots.ipynb #041111e4
 @figure_style()
 def plot_residuals(z_spec: np.ndarray,                 # spectroscopic redshifts, (N,)
                    z_phot: np.ndarray,                 # predicted redshifts, (N,)
@@ -123,7 +123,7 @@ def plot_residuals(z_spec: np.ndarray,                 # spectroscopic redshifts
     ax.legend(loc="upper left", ncols=2)
     return ax
 
-# %% ../nbs/31_plots.ipynb #6a7ad0d3
+# %% ../nbs/31_plots.ipynb #9ddc0eff
 def colour_image(images: np.ndarray,    # (..., 5, H, W) u g r i z, nanomaggies per pixel
                  stretch: float = 0.3,  # brightness at which the compression sets in
                  softening: float = 5.  # strength of the compression
@@ -138,7 +138,7 @@ def colour_image(images: np.ndarray,    # (..., 5, H, W) u g r i z, nanomaggies 
     picture = make_lupton_rgb(*channels, stretch=stretch, Q=softening)
     return picture.reshape(*outer, height, width, 3)
 
-# %% ../nbs/31_plots.ipynb #15111469
+# %% ../nbs/31_plots.ipynb #8ec8bbd0
 def mask_to_pixels(mask: np.ndarray,  # (N, L), 1 where a patch was masked
                    size: int          # height and width of the image, pixels
                   ) -> np.ndarray:    # (N, size, size), True where masked
@@ -150,7 +150,7 @@ def mask_to_pixels(mask: np.ndarray,  # (N, L), 1 where a patch was masked
                          "give the mask of these images.")
     return np.kron(mask.reshape(-1, grid, grid), np.ones((1, size//grid, size//grid), dtype=bool))
 
-# %% ../nbs/31_plots.ipynb #563ff67d
+# %% ../nbs/31_plots.ipynb #eb2a90d4
 @figure_style()
 def plot_reconstructions(images: np.ndarray,          # true, (N, 5, H, H) nanomaggies per pixel
                          masks: np.ndarray,           # (N, L), 1 where a patch was masked
@@ -177,7 +177,7 @@ def plot_reconstructions(images: np.ndarray,          # true, (N, 5, H, H) nanom
     for ax, title in zip(axes[0], titles): ax.set_title(title)
     return figure
 
-# %% ../nbs/31_plots.ipynb #d7eb0f3a
+# %% ../nbs/31_plots.ipynb #43443169
 @figure_style()
 def plot_rates(epoch: np.ndarray,    # epochs done before each step, (S,)
                rate: np.ndarray,     # learning rate of each step, (S,)
@@ -191,7 +191,7 @@ def plot_rates(epoch: np.ndarray,    # epochs done before each step, (S,)
     ax.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     return ax
 
-# %% ../nbs/31_plots.ipynb #46440170
+# %% ../nbs/31_plots.ipynb #f4c62718
 @figure_style()
 def plot_losses(log,                    # columns `epoch` and `train_loss`, `valid_loss`, ...
                 title: str = "",        # above the panel

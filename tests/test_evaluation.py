@@ -1,5 +1,6 @@
 "Metrics, plots and baselines beyond what the notebooks tell: properties, bad input, big numbers."
 import json, resource, time
+from functools import partial
 
 import matplotlib
 matplotlib.use("Agg")
@@ -9,6 +10,7 @@ import pytest
 import torch
 from astropy.table import MaskedColumn, Table
 
+from astromae.baselines import BASELINES, gradient_boosting
 from astromae.errors import InputError
 from astromae.metrics import METRICS, evaluate, normalised_residual, paired_bootstrap
 from astromae.plots import (colour_image, density_scatter, mask_to_pixels, plot_losses,
@@ -94,14 +96,15 @@ def test_seed_settles_the_errors():
 @pytest.mark.parametrize("z_phot,z_spec,sentence", [
     ([0.1, np.nan], [0.1, 0.2], "z_phot is not finite in 1 of 2 rows, the first being row 1"),
     ([0.1, 0.2], [np.inf, 0.2], "z_spec is not finite in 1 of 2 rows, the first being row 0"),
-    ([0.1, 0.2], MaskedColumn([0.1, 0.2], mask=[False, True]), "z_spec is not finite in 1 of 2 rows"),
+    ([0.1, 0.2], MaskedColumn([0.1, 0.2], mask=[False, True]), "z_spec is not finite in 1 of 2"),
     ([0.1, 0.2, 0.3], [0.1, 0.2], "z_phot has 3 rows and z_spec 2"),
     ([0.1, 0.2], [0.1, -9999.], "z_spec is -9999 in row 1"),
     ([[0.1], [0.2]], [0.1, 0.2], r"z_phot has the shape \(2, 1\)"),
     ([], [], "z_spec is empty"),
     (["a", "b"], [0.1, 0.2], "z_phot does not hold numbers")])
 def test_bad_redshifts_get_one_sentence(z_phot, z_spec, sentence):
-    for function in (evaluate, lambda p, s: density_scatter(s, p), lambda p, s: plot_residuals(s, p)):
+    draw = [lambda p, s, plot=plot: plot(s, p) for plot in (density_scatter, plot_residuals)]
+    for function in (evaluate, *draw):
         with pytest.raises(InputError, match=sentence) as error: function(z_phot, z_spec)
         assert "\n" not in str(error.value)
 
@@ -123,7 +126,8 @@ def test_paired_bootstrap_is_antisymmetric_and_refuses_a_ratio_to_zero():
     for metric in METRICS:
         one, two = (paired_bootstrap(*pair, z_spec, metric, n_bootstrap=50)
                     for pair in ((z_phot, other), (other, z_phot)))
-        assert np.isclose(one["difference"], -two["difference"]) and np.isclose(one["low"], -two["high"])
+        assert np.isclose(one["difference"], -two["difference"])
+        assert np.isclose(one["low"], -two["high"])
         assert json.loads(json.dumps(one, allow_nan=False)) == one
     with pytest.raises(InputError, match="can be zero; compare by difference"):
         paired_bootstrap(z_phot, z_spec, z_spec, "sigma_mad", how="ratio", n_bootstrap=10)
@@ -150,7 +154,8 @@ def test_vector_figures_stay_small(tmp_path):
 
 
 @pytest.mark.parametrize("z_phot,z_spec", [
-    ([0.1], [0.1]), ([0.1, 0.1], [0.1, 0.1]), ([9., 9.], [0.1, 0.2]), (np.zeros(30), np.linspace(0, 1, 30))])
+    ([0.1], [0.1]), ([0.1, 0.1], [0.1, 0.1]), ([9., 9.], [0.1, 0.2]),
+    (np.zeros(30), np.linspace(0, 1, 30))])
 def test_odd_predictions_can_be_drawn(z_phot, z_spec, tmp_path, recwarn):
     density_scatter(z_spec, z_phot).figure.savefig(tmp_path/"scatter.png")
     plot_residuals(z_spec, z_phot).figure.savefig(tmp_path/"residuals.png")
@@ -191,3 +196,68 @@ def test_real_galaxies_are_yellow_to_red(shared_data):
     cube = np.load(path, allow_pickle=False)["cube"].transpose(0, 3, 1, 2)
     colours = colour_image(cube[:, :, 28:37, 28:37]).mean(axis=(1, 2))
     assert np.all(np.median(colours[:, 0] - colours[:, 2]) > 20)
+
+
+# Baselines
+
+QUICK = BASELINES | {"gradient boosting": partial(gradient_boosting, models=1)}
+
+
+def made_up_magnitudes(n, seed=0):
+    "Magnitudes (n, 5) whose colours follow the redshift, and the redshifts (n,)."
+    rng = np.random.default_rng(seed)
+    z = rng.gamma(3., 0.04, n).clip(0.01, 0.5)
+    colours = np.stack([2.7 + 0*z, 0.75 + 2.7*z, 0*z, -0.35 - 0.6*z, -0.65 - z], axis=1)
+    r = rng.normal(17.2 + 5*np.log10(z/0.1), 0.8)
+    return r[:, None] + colours + rng.normal(0., 0.03, (n, 5)), z
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_follow_the_redshift_and_repeat_themselves(name):
+    magnitudes, z_spec = made_up_magnitudes(700)
+    arguments = magnitudes[:500], z_spec[:500], magnitudes[500:]
+    z_phot = QUICK[name](*arguments, seed=3)
+    assert z_phot.shape == (200,) and np.array_equal(z_phot, QUICK[name](*arguments, seed=3))
+    result = evaluate(z_phot, z_spec[500:], n_bootstrap=0)
+    assert result["r2"] > 0.8 and abs(result["median_bias"]) < 0.005
+    single, listed = magnitudes[:500].astype(np.float32), list(z_spec[:500])
+    one = QUICK[name](single, listed, magnitudes[500:501])
+    assert one.shape == (1,) and np.isclose(one[0], z_phot[0], atol=0.02)
+    outside = QUICK[name](*arguments[:2], magnitudes[500:510] + np.array([5, -5, 3, 0, 9]))
+    assert np.all((outside >= z_spec[:500].min() - 1e-6) & (outside <= z_spec[:500].max() + 1e-6))
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("spoil,sentence", [
+    (lambda train, z, test: (np.where(np.arange(60)[:, None] == 7, np.nan, train), z, test),
+     "training magnitudes are not finite in 1 of 60 rows, the first being row 7"),
+    (lambda train, z, test: (train, z, np.where(np.eye(60)[:, :5] == 1, np.inf, test)),
+     "test magnitudes are not finite in 5 of 60 rows, the first being row 0"),
+    (lambda train, z, test: (train, z[:-1], test),
+     "magnitudes of 60 training galaxies and redshifts of 59"),
+    (lambda train, z, test: (train, np.where(z == z[4], np.nan, z), test),
+     "z_spec is not finite in 1 of 60 rows, the first being row 4"),
+    (lambda train, z, test: (train[:20], z[:20], test), "20 training galaxies are too few"),
+    (lambda train, z, test: (train, z, test[:, :4]), r"test magnitudes have the shape \(60, 4\)")])
+def test_bad_input_of_the_baselines_gets_one_sentence(name, spoil, sentence):
+    magnitudes, z_spec = made_up_magnitudes(60)
+    with pytest.raises(InputError, match=sentence):
+        BASELINES[name](*spoil(magnitudes, z_spec, magnitudes))
+
+
+def test_baselines_on_the_main_galaxy_sample(shared_data):
+    path = shared_data/"catalogs"/"SDSS_MGS.train"
+    if not path.exists(): pytest.skip(f"needs the SDSS galaxies of {path}")
+    table = np.loadtxt(path)
+    magnitudes, z_spec = table[:, 1:6], table[:, 0]
+    for name, baseline in BASELINES.items():
+        z_phot = baseline(magnitudes[:4000], z_spec[:4000], magnitudes[4000:])
+        assert 0.012 < METRICS["sigma_mad"](z_phot, z_spec[4000:]) < 0.0165, name
+
+
+def test_no_baseline_looks_at_the_test_galaxies_together():
+    magnitudes, z_spec = made_up_magnitudes(300)
+    for name, baseline in QUICK.items():
+        together = baseline(magnitudes[:200], z_spec[:200], magnitudes[200:])
+        half = baseline(magnitudes[:200], z_spec[:200], magnitudes[200:250])
+        assert np.allclose(together[:50], half, atol=1e-9), name
