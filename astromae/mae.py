@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEFT_BEHIND', 'EncoderConfig', 'MAEConfig', 'visible_patches', 'Encoder', 'build_encoder', 'patchify', 'unpatchify',
-           'random_masking', 'pixel_mask', 'MaskedAutoencoder', 'normalise_patches', 'reconstruct', 'encoder_weights',
-           'load_encoder']
+           'random_masking', 'pixel_mask', 'MaskedAutoencoder', 'take', 'normalise_patches', 'reconstruct',
+           'encoder_weights', 'load_encoder']
 
-# %% ../nbs/11_mae.ipynb #b5e48e35
+# %% ../nbs/11_mae.ipynb #6297695d
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from .blocks import (PCMLayer, SavedModel, TransformerLayer, initialise, place_i
                              position_embedding)
 from .errors import InputError
 
-# %% ../nbs/11_mae.ipynb #16e86d39
+# %% ../nbs/11_mae.ipynb #3877492e
 @dataclass(frozen=True)
 class EncoderConfig:
     "What an encoder is made of."
@@ -50,7 +50,7 @@ class EncoderConfig:
 
     def kinds(self): return "plain", "pcm"
 
-# %% ../nbs/11_mae.ipynb #1ecccb3d
+# %% ../nbs/11_mae.ipynb #96b409f8
 @dataclass(frozen=True)
 class MAEConfig(EncoderConfig):
     "What a masked autoencoder is made of."
@@ -71,7 +71,7 @@ class MAEConfig(EncoderConfig):
                              f"of {self.decoder_heads} heads; change the MAEConfig.")
         visible_patches(self.grid**2, self.mask_ratio)
 
-# %% ../nbs/11_mae.ipynb #82dcd6c9
+# %% ../nbs/11_mae.ipynb #3322db8e
 def visible_patches(patches: int,       # of one image
                     mask_ratio: float   # part that is hidden
                    ) -> int:            # how many are seen
@@ -82,7 +82,7 @@ def visible_patches(patches: int,       # of one image
                          "visible; choose one that leaves at least one and hides at least one.")
     return visible
 
-# %% ../nbs/11_mae.ipynb #d4c3ba59
+# %% ../nbs/11_mae.ipynb #c29c4408
 class Encoder(nn.Module):
     "A Vision Transformer without a head."
     def __init__(self,
@@ -98,19 +98,24 @@ class Encoder(nn.Module):
             return PCMLayer(c.width, c.heads, c.grid, c.mlp_ratio, kernel, c.pcm_groups)
         self.blocks = nn.ModuleList(layer() for _ in range(c.depth))
 
-# %% ../nbs/11_mae.ipynb #11e32c97
+# %% ../nbs/11_mae.ipynb #0033a0af
 @patch
-def embed_patches(self: Encoder,
-                  images: torch.Tensor  # (B, C, S, S)
-                 ) -> torch.Tensor:     # (B, L, D)
-    "Patches as tokens, with their positions; `InputError` if the images are of another shape."
+def check_images(self: Encoder, images): # (B, C, S, S)
+    "`InputError` if the images are not of the shape that the network is made for."
     expected = (self.config.channels, self.config.image_size, self.config.image_size)
     if images.shape[1:] != expected:
         raise InputError(f"images of shape {tuple(images.shape[1:])} do not fit a network made for "
                          f"{expected} (bands, rows, columns); crop them or choose another network.")
+
+@patch
+def embed_patches(self: Encoder,
+                  images: torch.Tensor  # (B, C, S, S)
+                 ) -> torch.Tensor:     # (B, L, D)
+    "Patches as tokens, with their positions."
+    self.check_images(images)
     return self.patch_embed(images) + self.pos_embed[:, 1:]
 
-# %% ../nbs/11_mae.ipynb #84c29e60
+# %% ../nbs/11_mae.ipynb #d836596e
 @patch
 def run_layers(self: Encoder,
                patches: torch.Tensor,               # (B, V, D)
@@ -135,13 +140,13 @@ def embed(self: Encoder, images): # images (B, C, S, S)
 @patch
 def forward(self: Encoder, images): return self.encode(images)
 
-# %% ../nbs/11_mae.ipynb #c0c6aac6
+# %% ../nbs/11_mae.ipynb #dc33448a
 def build_encoder(config: EncoderConfig    # or a configuration that extends it
                  ) -> Encoder:             # with new weights
     "An encoder for whole images, started as the reference starts it."
     return initialise(Encoder(config))
 
-# %% ../nbs/11_mae.ipynb #3b2c1f19
+# %% ../nbs/11_mae.ipynb #aaab406e
 def patchify(images: torch.Tensor,      # (B, C, S, S)
              patch_size: int            # p, pixels per side
             ) -> torch.Tensor:          # (B, L, p*p*C)
@@ -157,7 +162,7 @@ def unpatchify(patches: torch.Tensor,   # (B, L, p*p*C)
     pixels = patches.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, (grid, grid))
     return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
-# %% ../nbs/11_mae.ipynb #73f57f6b
+# %% ../nbs/11_mae.ipynb #1e0ac42c
 def random_masking(noise: torch.Tensor,     # (B, L) a random number per patch
                    mask_ratio: float        # part that is hidden
                   ) -> tuple:               # ids_keep (B, V), ids_restore (B, L), mask (B, L)
@@ -167,14 +172,14 @@ def random_masking(noise: torch.Tensor,     # (B, L) a random number per patch
     ids_restore = ids_shuffle.argsort(dim=1)
     return ids_shuffle[:, :visible], ids_restore, (ids_restore >= visible).to(noise.dtype)
 
-# %% ../nbs/11_mae.ipynb #4757b3c7
+# %% ../nbs/11_mae.ipynb #2d8b667e
 def pixel_mask(mask: torch.Tensor,      # (B, L) of patches
                patch_size: int          # pixels per side
               ) -> torch.Tensor:        # (B, 1, S, S) of pixels
     "Each patch's mask, given to all of its pixels."
     return unpatchify(mask[..., None].expand(-1, -1, patch_size**2), patch_size)
 
-# %% ../nbs/11_mae.ipynb #01865577
+# %% ../nbs/11_mae.ipynb #8cfdc06f
 class MaskedAutoencoder(Encoder, SavedModel):
     "A masked autoencoder with the reference's parameter names: images in, loss out."
     def __init__(self, config: MAEConfig=MAEConfig()): # its sizes
@@ -191,7 +196,24 @@ class MaskedAutoencoder(Encoder, SavedModel):
         self.decoder_pred = nn.Linear(width, c.patch_size**2*c.channels)
         initialise(self)
 
-# %% ../nbs/11_mae.ipynb #1b29a11f
+# %% ../nbs/11_mae.ipynb #e6af07af
+def take(tokens, ids): # (B, L, D) and (B, V)
+    "The tokens that `ids` names, in its order: (B, V, D)."
+    return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1]))
+
+@patch
+def embed_visible(self: MaskedAutoencoder,
+                  images: torch.Tensor,     # (B, C, S, S)
+                  ids_keep: torch.Tensor    # (B, V) the visible patches
+                 ) -> torch.Tensor:         # (B, V, D)
+    "The visible patches as tokens, with their positions."
+    self.check_images(images)
+    pixels = take(patchify(images, self.config.patch_size), ids_keep)
+    kernel = self.patch_embed.proj.weight.movedim(1, 3).flatten(1)  # bands last, as in a patch
+    tokens = nn.functional.linear(pixels, kernel, self.patch_embed.proj.bias)
+    return tokens + self.pos_embed[0, 1:][ids_keep]
+
+# %% ../nbs/11_mae.ipynb #7cbe91ea
 @patch
 def forward_encoder(self: MaskedAutoencoder,
                     images: torch.Tensor,       # (B, C, S, S)
@@ -201,11 +223,10 @@ def forward_encoder(self: MaskedAutoencoder,
     "Encode the visible patches."
     ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
     ids_keep, ids_restore, mask = random_masking(noise, ratio)
-    patches = self.embed_patches(images)
-    visible = patches.gather(1, ids_keep[..., None].expand(-1, -1, patches.shape[-1]))
+    visible = self.embed_visible(images, ids_keep)
     return self.norm(self.run_layers(visible, ids_keep)), mask, ids_restore
 
-# %% ../nbs/11_mae.ipynb #719b312d
+# %% ../nbs/11_mae.ipynb #f1d80102
 @patch
 def forward_decoder(self: MaskedAutoencoder,
                     tokens: torch.Tensor,       # (B, 1 + V, D) from the encoder
@@ -216,11 +237,11 @@ def forward_decoder(self: MaskedAutoencoder,
     hidden = ids_restore.shape[1] + 1 - tokens.shape[1]
     tokens = torch.cat([tokens, self.mask_token.expand(len(tokens), hidden, -1)], dim=1)
     order = nn.functional.pad(ids_restore + 1, (1, 0))
-    tokens = tokens.gather(1, order[..., None].expand_as(tokens)) + self.decoder_pos_embed
+    tokens = take(tokens, order) + self.decoder_pos_embed
     for block in self.decoder_blocks: tokens = block(tokens)
     return self.decoder_pred(self.decoder_norm(tokens))[:, 1:]
 
-# %% ../nbs/11_mae.ipynb #a59a82ae
+# %% ../nbs/11_mae.ipynb #f90b4f7e
 def normalise_patches(patches: torch.Tensor     # (B, L, p*p*C)
                      ) -> tuple:                # the same normalised; mean and std, each (B, L, 1)
     "Bring each patch to mean 0 and variance 1, and say what its mean and spread were."
@@ -238,7 +259,7 @@ def forward_loss(self: MaskedAutoencoder,
     if self.config.norm_pix_loss: target = normalise_patches(target)[0]
     return ((prediction - target).square().mean(dim=-1)*mask).sum()/mask.sum()
 
-# %% ../nbs/11_mae.ipynb #4f108c60
+# %% ../nbs/11_mae.ipynb #109af4e8
 @patch
 def forward(self: MaskedAutoencoder,
             images: torch.Tensor,                   # (B, C, S, S)
@@ -254,7 +275,7 @@ def forward(self: MaskedAutoencoder,
     prediction = self.forward_decoder(tokens, ids_restore)
     return self.forward_loss(images, prediction, mask), prediction, mask
 
-# %% ../nbs/11_mae.ipynb #7a13cae5
+# %% ../nbs/11_mae.ipynb #04e0549a
 @torch.no_grad()
 def reconstruct(model: MaskedAutoencoder,
                 images: torch.Tensor,                   # (B, C, S, S)
@@ -273,7 +294,7 @@ def reconstruct(model: MaskedAutoencoder,
     painted = torch.where(mask[..., None] > 0, prediction, patches)
     return unpatchify(painted, model.config.patch_size)
 
-# %% ../nbs/11_mae.ipynb #ea570a2a
+# %% ../nbs/11_mae.ipynb #728c612a
 LEFT_BEHIND = ("norm.", "mask_token", "decoder_")
 
 def encoder_weights(mae: MaskedAutoencoder     # usually a trained one
