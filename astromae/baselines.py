@@ -6,7 +6,7 @@
 __all__ = ['STRETCHES', 'NEIGHBOURS', 'BASELINES', 'colours_and_magnitudes', 'nearest_neighbours', 'gradient_boosting',
            'local_linear']
 
-# %% ../nbs/33_baselines.ipynb #7199218f
+# %% ../nbs/33_baselines.ipynb #1b46cd82
 from collections.abc import Callable
 from itertools import product
 
@@ -22,7 +22,7 @@ from .errors import InputError
 from .metrics import check_redshifts
 from .survey import BANDS
 
-# %% ../nbs/33_baselines.ipynb #079c30e5
+# %% ../nbs/33_baselines.ipynb #ab0ce953
 def colours_and_magnitudes(magnitudes: np.ndarray, # (N, 5) u g r i z, dereddened, AB mag
                            bands: str = "ugriz",   # whose magnitudes stand beside the colours
                            name: str = "magnitudes" # what to call them in an error
@@ -37,7 +37,7 @@ def colours_and_magnitudes(magnitudes: np.ndarray, # (N, 5) u g r i z, dereddene
                          f"first being row {bad[0]}; leave these galaxies out.")
     return np.hstack([-np.diff(magnitudes), magnitudes[:, [BANDS.index(band) for band in bands]]])
 
-# %% ../nbs/33_baselines.ipynb #7b770021
+# %% ../nbs/33_baselines.ipynb #36031e01
 def _features(train_magnitudes, train_redshifts, test_magnitudes, bands: str) -> tuple:
     "Training features, redshifts, test features; `InputError` if anything is wrong with them."
     train = colours_and_magnitudes(train_magnitudes, bands, "training magnitudes")
@@ -50,7 +50,7 @@ def _features(train_magnitudes, train_redshifts, test_magnitudes, bands: str) ->
         raise InputError(f"{len(train)} training galaxies are too few for a baseline; give 50.")
     return train, redshifts, test
 
-# %% ../nbs/33_baselines.ipynb #cd68b056
+# %% ../nbs/33_baselines.ipynb #64329dd6
 def _stretch(features: np.ndarray, factors: tuple) -> np.ndarray:
     "Each feature times its factor."
     return features*np.array(factors)
@@ -58,7 +58,7 @@ def _stretch(features: np.ndarray, factors: tuple) -> np.ndarray:
 STRETCHES = list(product((0.5, 1.), (1., 2.), (1.,), (1.,), (0.25, 0.5, 1.)))  # u-g g-r r-i i-z r
 NEIGHBOURS = (10, 20, 30)
 
-# %% ../nbs/33_baselines.ipynb #da52bb7b
+# %% ../nbs/33_baselines.ipynb #b86a2897
 def nearest_neighbours(train_magnitudes: np.ndarray, # (N, 5) dereddened, AB mag
                        train_redshifts: np.ndarray,  # (N,)
                        test_magnitudes: np.ndarray,  # (M, 5) dereddened, AB mag
@@ -77,7 +77,7 @@ def nearest_neighbours(train_magnitudes: np.ndarray, # (N, 5) dereddened, AB mag
     best = pipeline.set_params(**search.fit(train[some], redshifts[some]).best_params_)
     return best.fit(train, redshifts).predict(test)
 
-# %% ../nbs/33_baselines.ipynb #6a545428
+# %% ../nbs/33_baselines.ipynb #2fa2e8e0
 def gradient_boosting(train_magnitudes: np.ndarray, # (N, 5) dereddened, AB mag
                       train_redshifts: np.ndarray,  # (N,)
                       test_magnitudes: np.ndarray,  # (M, 5) dereddened, AB mag
@@ -93,7 +93,7 @@ def gradient_boosting(train_magnitudes: np.ndarray, # (N, 5) dereddened, AB mag
     with threadpool_limits(1 if len(train) < 50_000 else None, user_api="openmp"):
         return vote.fit(train, redshifts).predict(test)
 
-# %% ../nbs/33_baselines.ipynb #5d3716e0
+# %% ../nbs/33_baselines.ipynb #c47ae73e
 def _plane_at_origin(x: np.ndarray,  # (M, K, F) features of neighbours, relative to the galaxy
                      z: np.ndarray   # (M, K) their redshifts
                     ) -> np.ndarray: # (M,) redshift of each galaxy
@@ -104,7 +104,7 @@ def _plane_at_origin(x: np.ndarray,  # (M, K, F) features of neighbours, relativ
     planes = np.linalg.solve(normal, design.swapaxes(1, 2) @ z[..., None])
     return planes[:, 0, 0].clip(z.min(axis=1), z.max(axis=1))
 
-# %% ../nbs/33_baselines.ipynb #6dce5419
+# %% ../nbs/33_baselines.ipynb #d550431f
 def local_linear(train_magnitudes: np.ndarray, # (N, 5) dereddened, AB mag
                  train_redshifts: np.ndarray,  # (N,)
                  test_magnitudes: np.ndarray,  # (M, 5) dereddened, AB mag
@@ -124,7 +124,7 @@ def local_linear(train_magnitudes: np.ndarray, # (N, 5) dereddened, AB mag
         z_phot.append(_plane_at_origin(train[rows] - some[:, None], redshifts[rows]))
     return np.concatenate(z_phot)
 
-# %% ../nbs/33_baselines.ipynb #64f9ebac
+# %% ../nbs/33_baselines.ipynb #cf610f15
 BASELINES: dict[str, Callable] = {"k nearest neighbours": nearest_neighbours,
                                   "gradient boosting": gradient_boosting,
                                   "local linear regression": local_linear}
