@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['centre_crop', 'Normalisation', 'edge_noise', 'fit_normalisation', 'reach', 'turn', 'augment', 'BatchLoader']
 
-# %% ../nbs/04_batches.ipynb #08b20ef5
+# %% ../nbs/04_batches.ipynb #0b784128
 import copy
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from torch.nn import functional
 from .dataset import StampSet
 from .errors import InputError, select_device
 
-# %% ../nbs/04_batches.ipynb #88cd7ea0
+# %% ../nbs/04_batches.ipynb #51a7be9c
 def centre_crop(images,    # (..., H, W) tensor or array
                 size: int  # side of the crop, pixels
                ):          # (..., size, size), a view; the galaxy's pixel is (size//2, size//2)
@@ -32,7 +32,7 @@ def centre_crop(images,    # (..., H, W) tensor or array
     y, x = height//2 - size//2, width//2 - size//2
     return images[..., y:y + size, x:x + size]
 
-# %% ../nbs/04_batches.ipynb #4581ef71
+# %% ../nbs/04_batches.ipynb #77d5f624
 @dataclass(frozen=True)
 class Normalisation:
     "What is done to each band before the network sees it; works on (B, bands, ...) tensors."
@@ -69,7 +69,7 @@ def _arcsinh(x: torch.Tensor) -> torch.Tensor:
     y = x*x
     return y.add_(1).sqrt_().add_(x.abs()).log_().copysign_(x)
 
-# %% ../nbs/04_batches.ipynb #576f8579
+# %% ../nbs/04_batches.ipynb #0a113a5a
 def edge_noise(images: torch.Tensor, # (n, bands, H, W)
                width: int = 4        # of the edge, pixels
               ) -> torch.Tensor:     # (bands,) in the unit of the pixels
@@ -79,7 +79,7 @@ def edge_noise(images: torch.Tensor, # (n, bands, H, W)
     edge = images[:, :, ~inside].transpose(0, 1).flatten(1)
     return 1.4826*(edge - edge.median(1, keepdim=True).values).abs().median(1).values
 
-# %% ../nbs/04_batches.ipynb #bdf66347
+# %% ../nbs/04_batches.ipynb #16d9ac58
 def fit_normalisation(data,                 # `StampSet`, images (N, B, H, W), magnitudes (N, B)
                       indices,              # rows of the training part
                       kind: str,            # `none`, `standard` or `arcsinh`
@@ -90,7 +90,9 @@ def fit_normalisation(data,                 # `StampSet`, images (N, B, H, W), m
     "Measure a normalisation on the training part; `InputError` if there is nothing to measure."
     if kind == "none": return Normalisation()
     data = np.asarray(getattr(data, "images", data))
-    rows = np.random.default_rng(seed).permutation(np.asarray(indices))[:sample]
+    if kind == "arcsinh" and data.ndim != 4: raise InputError(
+        "the arcsinh normalisation needs images, whose edges show the noise; choose standard.")
+    rows = np.random.default_rng(seed).permutation(np.asarray(indices, int))[:sample]
     blocks = np.array_split(np.sort(rows), max(1, len(rows)//256))
     softening = ()
     if kind == "arcsinh":
@@ -110,7 +112,7 @@ def fit_normalisation(data,                 # `StampSet`, images (N, B, H, W), m
         "mend them or leave them out.")
     return Normalisation(kind, mean.tolist(), std.tolist(), softening)
 
-# %% ../nbs/04_batches.ipynb #ebd79983
+# %% ../nbs/04_batches.ipynb #8f1c82d9
 def reach(size: int,           # side of the image, pixels
           max_rotation: float, # largest angle, degrees
           flip: bool = True    # will images be flipped?
@@ -120,7 +122,7 @@ def reach(size: int,           # side of the image, pixels
     if angle == 0: return size + 2*flip
     return 2*int(np.ceil(size/2*(np.cos(angle) + np.sin(angle)))) + 2
 
-# %% ../nbs/04_batches.ipynb #59ccb633
+# %% ../nbs/04_batches.ipynb #2401d048
 def turn(images: torch.Tensor,    # (B, bands, H, W) stamps
          angles: torch.Tensor,    # (B,) counter-clockwise with y downwards, degrees
          flips: torch.Tensor,     # (B, 2) -1 where x, y are to be flipped, else 1
@@ -138,7 +140,7 @@ def turn(images: torch.Tensor,    # (B, bands, H, W) stamps
     grid = functional.affine_grid(theta, shape, align_corners=False)
     return functional.grid_sample(images, grid, interpolation, "reflection", align_corners=False)
 
-# %% ../nbs/04_batches.ipynb #2257876f
+# %% ../nbs/04_batches.ipynb #5b94dd1b
 def augment(images: torch.Tensor,          # (B, bands, H, W) normalised stamps
             size: int = 32,                # side of the result, pixels
             max_rotation: float = 45.,     # angles are uniform between minus this and this, degrees
@@ -155,7 +157,7 @@ def augment(images: torch.Tensor,          # (B, bands, H, W) normalised stamps
     else: images = centre_crop(images, size)
     return images + noise*torch.randn(images.shape, **where) if noise else images
 
-# %% ../nbs/04_batches.ipynb #eb18461a
+# %% ../nbs/04_batches.ipynb #ef94555d
 def _gather(stamps: np.ndarray, # (N, bands, H, W), memory-mapped
             rows: np.ndarray,   # (B,) rows wanted, in any order
             size: int           # of the central part, pixels
@@ -177,7 +179,7 @@ def _refuse_not_finite(values: torch.Tensor, rows, what: str):
     raise InputError(f"{len(bad)} of {len(good):,} galaxies have no finite {what}, first in the "
                      f"rows {', '.join(map(str, bad[:5]))}; mend them or leave them out.")
 
-# %% ../nbs/04_batches.ipynb #89a46c6b
+# %% ../nbs/04_batches.ipynb #257ce503
 class BatchLoader(DistributedDL):
     "Batches of a stamp set's rows, normalised and, in training, shuffled and augmented."
     def __init__(self,
@@ -212,7 +214,7 @@ class BatchLoader(DistributedDL):
         self._load_labels(magnitude_normalisation)
         self._load_stamps(select_device(device))
 
-# %% ../nbs/04_batches.ipynb #e59a7a84
+# %% ../nbs/04_batches.ipynb #0ae1a752
 @patch
 def _checked(self: BatchLoader, indices) -> np.ndarray:
     "Rows as an array; `InputError` if they or the settings make no sense."
@@ -238,7 +240,7 @@ def _window(self: BatchLoader) -> int:
     centre_crop(np.empty(self.dataset.images.shape[-2:], bool), window)
     return window
 
-# %% ../nbs/04_batches.ipynb #d3ee376c
+# %% ../nbs/04_batches.ipynb #5938cad0
 @patch
 def _load_labels(self: BatchLoader, normalisation: Normalisation):
     "Put normalised magnitudes and redshifts on the device, for targets `redshift`."
@@ -272,7 +274,7 @@ def to(self: BatchLoader, device):
     self._labels = tuple(values.to(device) for values in self._labels)
     if self.in_memory: self._stamps = self._stamps.to(device)
 
-# %% ../nbs/04_batches.ipynb #fe4c8979
+# %% ../nbs/04_batches.ipynb #dacf9eab
 @patch
 def get_idxs(self: BatchLoader) -> np.ndarray:
     "Positions in `indices`, in the order of this epoch: this process's share."
@@ -296,7 +298,7 @@ def set_epoch(self: BatchLoader, epoch: int): # counted from 0
     "Choose the order and the augmentation of the next epoch; a finished epoch moves on by one."
     self.epoch = epoch
 
-# %% ../nbs/04_batches.ipynb #123cc46e
+# %% ../nbs/04_batches.ipynb #81610303
 @patch
 def _batch(self: BatchLoader, positions, generator) -> tuple[torch.Tensor, ...]:
     "One batch on the device."
@@ -321,7 +323,7 @@ def __iter__(self: BatchLoader):
     for k in range(len(self)): yield self._batch(positions[k*self.bs:(k + 1)*self.bs], generator)
     self.epoch += 1
 
-# %% ../nbs/04_batches.ipynb #a698db39
+# %% ../nbs/04_batches.ipynb #dbbcecaf
 @patch
 def one_batch(self: BatchLoader) -> tuple[torch.Tensor, ...]:
     "The first batch of the current epoch."

@@ -241,7 +241,19 @@ def test_known_and_unknown_columns():
     assert ours["objid"].dtype == np.int64 and ours["objid"][1] == 2**61 + 1
     np.testing.assert_array_equal(ours["mag_g"], [16.75, np.nan, 17.75])
     np.testing.assert_array_equal(ours["z_spec"], [0.1, np.nan, 0.2])
-    assert {"magerr_g", "ext_g", "modelMag_g", "cModelMag_g", "EBV", "z_err", "petroR50_r"} <= set(ours.colnames)
+    kept = {"magerr_g", "ext_g", "modelMag_g", "cModelMag_g", "EBV", "z_err", "petroR50_r"}
+    assert kept <= set(ours.colnames)
+
+
+def test_the_photometric_name_goes_before_the_spectroscopic_one():
+    both = {"objID": [1, 2], "specObjID": [3, 4]}
+    ours, _ = house_catalogue(both, 2)
+    assert ours["objid"].tolist() == [1, 2] and ours["specObjID"].tolist() == [3, 4]
+
+
+def test_a_z_beside_the_other_bands_is_no_redshift():
+    ours, filled = house_catalogue({band: [17.0, 18.0] for band in BANDS}, 2)
+    assert "z_spec" in filled and ours["z"].tolist() == [17.0, 18.0]
 
 
 def test_the_catalogue_handed_in_stays_as_it_was():
