@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'RedshiftConfig', 'RedshiftNetwork', 'architecture', 'transfer_encoder']
 
-# %% ../nbs/12_redshift.ipynb #4236591d
+# %% ../nbs/12_redshift.ipynb #4e51d97b
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 
@@ -19,7 +19,7 @@ from .errors import InputError
 from .mae import (EncoderConfig, MaskedAutoencoder, build_encoder, encoder_weights,
                           load_encoder)
 
-# %% ../nbs/12_redshift.ipynb #35cb632f
+# %% ../nbs/12_redshift.ipynb #cd0c7e09
 @dataclass(frozen=True)
 class RedshiftConfig(EncoderConfig):
     "What a redshift network is made of; `encoder` may also be none."
@@ -42,7 +42,7 @@ class RedshiftConfig(EncoderConfig):
 
     def kinds(self): return "plain", "pcm", "none"
 
-# %% ../nbs/12_redshift.ipynb #33d174bb
+# %% ../nbs/12_redshift.ipynb #84147e81
 class RedshiftNetwork(nn.Module, SavedModel):
     "Images and magnitudes in, redshifts out; which branches it has is configuration."
     def __init__(self, config: RedshiftConfig=RedshiftConfig()): # which branches, how wide
@@ -68,7 +68,7 @@ class RedshiftNetwork(nn.Module, SavedModel):
         if self.encoder is not None and self.config.frozen: self.encoder.eval()
         return self
 
-# %% ../nbs/12_redshift.ipynb #88b8249c
+# %% ../nbs/12_redshift.ipynb #0bf35aca
 @patch
 def embed(self: RedshiftNetwork, images): # images (B, C, S, S)
     "The encoder's mean patch token, (B, D); `InputError` if there is no encoder."
@@ -77,7 +77,7 @@ def embed(self: RedshiftNetwork, images): # images (B, C, S, S)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.frozen):
         return self.encoder.embed(images)
 
-# %% ../nbs/12_redshift.ipynb #26679fa9
+# %% ../nbs/12_redshift.ipynb #28feff46
 @patch
 def forward(self: RedshiftNetwork,
             images: torch.Tensor,                   # (B, C, S, S)
@@ -94,7 +94,7 @@ def forward(self: RedshiftNetwork,
     scaled = self.join(torch.cat(given, dim=1)).squeeze(1)
     return self.config.redshift_mean + self.config.redshift_std*scaled
 
-# %% ../nbs/12_redshift.ipynb #67a4704a
+# %% ../nbs/12_redshift.ipynb #e8344ed6
 _scratch, _alone = dict(frozen=False, inception=False), dict(inception=False, magnitude=False)
 
 ARCHITECTURES = {
@@ -113,7 +113,7 @@ ARCHITECTURES = {
     "plain-ViT-inception": RedshiftConfig(encoder="plain", magnitude=False),
     "pcm-ViT-inception": RedshiftConfig(encoder="pcm", magnitude=False)}
 
-# %% ../nbs/12_redshift.ipynb #a62b3bfc
+# %% ../nbs/12_redshift.ipynb #ac2d5dbb
 def architecture(name: str             # as in the paper's Table IV
                 ) -> RedshiftConfig:
     "The configuration of one of the fourteen; `InputError` suggests the nearest name."
@@ -121,7 +121,7 @@ def architecture(name: str             # as in the paper's Table IV
     near = get_close_matches(name, ARCHITECTURES, n=1, cutoff=0)[0]
     raise InputError(f"no architecture is called {name!r}; did you mean {near!r}?")
 
-# %% ../nbs/12_redshift.ipynb #a39e319c
+# %% ../nbs/12_redshift.ipynb #e99c2973
 def transfer_encoder(mae: MaskedAutoencoder,        # pretrained
                      network: RedshiftNetwork,      # gets the encoder's weights
                      batches=None                   # of images (B, C, S, S); None: statistics stay
