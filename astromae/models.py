@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['MODELS', 'Preprocessing', 'preprocessing_from_dict', 'save_model', 'load_model']
 
-# %% ../nbs/13_models.ipynb #135c3331
+# %% ../nbs/13_models.ipynb #8a79c5c3
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from fastcore.basics import store_attr
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from .batches import Normalisation
 from .errors import InputError, select_device, write_aside
@@ -20,7 +20,7 @@ from .mae import MAEConfig, MaskedAutoencoder
 from .redshift import RedshiftConfig, RedshiftNetwork
 from .survey import BANDS, PIXEL_SCALE
 
-# %% ../nbs/13_models.ipynb #fffeb500
+# %% ../nbs/13_models.ipynb #0c07822a
 @dataclass(frozen=True)
 class Preprocessing:
     "What is done to a stamp and its magnitudes before a network sees them."
@@ -31,7 +31,7 @@ class Preprocessing:
     images: Normalisation = field(default_factory=Normalisation)      # of the pixels
     magnitudes: Normalisation = field(default_factory=Normalisation)  # of the magnitudes
 
-# %% ../nbs/13_models.ipynb #d4d6a45f
+# %% ../nbs/13_models.ipynb #eb473ad4
 def _tuples(values: dict) -> dict:
     "The same dictionary with lists as tuples, as frozen dataclasses hold them."
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -41,7 +41,7 @@ def preprocessing_from_dict(values: dict) -> Preprocessing:
     parts = {k: Normalisation(**_tuples(values[k])) for k in ("images", "magnitudes")}
     return Preprocessing(**{**_tuples(values), **parts})
 
-# %% ../nbs/13_models.ipynb #113f5bc8
+# %% ../nbs/13_models.ipynb #f2604dfd
 MODELS = {"MaskedAutoencoder": (MaskedAutoencoder, MAEConfig),
           "RedshiftNetwork": (RedshiftNetwork, RedshiftConfig)}
 
@@ -54,7 +54,7 @@ def save_model(folder,                        # where to; a model that is there 
         description = {"model": type(model).__name__, **asdict(preprocessing)}
         (new/"preprocessing.json").write_text(json.dumps(description, indent=2) + "\n")
 
-# %% ../nbs/13_models.ipynb #2b3bc2ec
+# %% ../nbs/13_models.ipynb #e93f0b87
 def _read_json(file: Path) -> dict:
     "The dictionary in a JSON file of a model folder."
     if not file.exists():
@@ -63,7 +63,7 @@ def _read_json(file: Path) -> dict:
     except ValueError as error:
         raise InputError(f"{file} is not JSON ({error}); copy or train the model again.") from error
 
-# %% ../nbs/13_models.ipynb #93bd26de
+# %% ../nbs/13_models.ipynb #999b8c71
 def load_model(folder,                 # a folder that `save_model` wrote
                device=None,            # where to; None: a GPU if there is one
                kind: str|None = None   # refuse another: `MaskedAutoencoder` or `RedshiftNetwork`
@@ -80,7 +80,9 @@ def load_model(folder,                 # a folder that `save_model` wrote
     weights = folder/"model.safetensors"
     if not weights.exists():
         raise InputError(f"{weights} is missing; copy or train the model again.")
-    try: model = network_class.from_pretrained(folder, strict=True, map_location="cpu")
+    try:
+        model = network_class(config_class(**values))
+        model.load_state_dict(load_file(weights))
     except (RuntimeError, SafetensorError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise InputError(f"{weights} does not fit the architecture in config.json ({reason}); "
