@@ -7,7 +7,7 @@ __all__ = ['COLOUR_SCATTER', 'packaged_catalogue', 'early_type_magnitudes', 'bul
            'late_type_radius', 'radius_scatter', 'draw_profiles', 'half_light_radius', 'sersic', 'gaussian_mixture',
            'psf_gaussians', 'render', 'add_noise', 'measure', 'simulate']
 
-# %% ../nbs/02_simulate.ipynb #afaba186
+# %% ../nbs/02_simulate.ipynb #22202dbe
 import math
 from collections.abc import Iterator
 from functools import lru_cache
@@ -22,11 +22,11 @@ from scipy.special import betaincinv, gamma, gammainc, gammaincinv, ndtr
 from tqdm.auto import tqdm
 
 from .errors import InputError, select_device
-from .survey import (BANDS, EXTINCTION_PER_EBV, GAIN, PIXEL_SCALE, PSF_CORRELATION, PSF_FWHM,
-                             PSF_SCATTER, PSF_WING_HEIGHT, PSF_WING_WIDTH, SKY_NOISE,
+from .survey import (BANDS, EXTINCTION_PER_EBV, GAIN, PIXEL_SCALE, PSF_CORRELATION,
+                             PSF_FWHM, PSF_SCATTER, PSF_WING_HEIGHT, PSF_WING_WIDTH, SKY_NOISE,
                              SKY_NOISE_SCATTER, asinh_mag_error, flux_to_asinh_mag, flux_to_mag)
 
-# %% ../nbs/02_simulate.ipynb #8505ebbe
+# %% ../nbs/02_simulate.ipynb #53289198
 def _packaged(name: str) -> Table:
     "A table of the package's data."
     with as_file(files("astromae")/"data"/name) as path: return Table.read(path)
@@ -43,7 +43,7 @@ def packaged_catalogue() -> Table:  # one row per galaxy
         for k, band in enumerate(BANDS): table[f"{kind}_{band}"] = packed[kind][:, k]
     return table
 
-# %% ../nbs/02_simulate.ipynb #ef55dc92
+# %% ../nbs/02_simulate.ipynb #c1303999
 @lru_cache(maxsize=1)
 def _early_type_table() -> Table: return _packaged("early_type_magnitudes.ecsv")
 
@@ -54,7 +54,7 @@ def early_type_magnitudes(z # (N,) redshift, from 0 to 1
     ab = np.stack([np.interp(z, table["redshift"], table[band]) for band in BANDS], axis=-1)
     return ab + np.array([0.04, 0., 0., 0., -0.02])
 
-# %% ../nbs/02_simulate.ipynb #a059f88c
+# %% ../nbs/02_simulate.ipynb #fb0c0670
 def _generator(objid, seed, rendering, purpose):
     "The random numbers of one galaxy for one purpose."
     entropy = np.random.SeedSequence([int(seed), int(rendering), purpose, int(objid)])
@@ -62,9 +62,10 @@ def _generator(objid, seed, rendering, purpose):
 
 def _draw(objid, seed, rendering, n=24):
     "(N, n) standard normal numbers that decide a galaxy's shape."
-    return np.stack([_generator(one, seed, rendering, 0).standard_normal(n) for one in np.asarray(objid)])
+    return np.stack([_generator(one, seed, rendering, 0).standard_normal(n)
+                     for one in np.asarray(objid)])
 
-# %% ../nbs/02_simulate.ipynb #26b9be9d
+# %% ../nbs/02_simulate.ipynb #5ee23a3d
 COLOUR_SCATTER = np.array([0.04, 0.03, 0.02, 0.02])  # mag, in u-g, g-r, r-i, i-z
 
 def bulge_fluxes(flux,     # (N, 5) the galaxy's flux without extinction, nanomaggies
@@ -83,7 +84,7 @@ def bulge_fluxes(flux,     # (N, 5) the galaxy's flux without extinction, nanoma
     share = betaincinv(6*mean, 6*(1 - mean), ndtr(numbers[:, 4]))
     return (np.minimum(share, 0.95*limit)*flux[:, 2])[:, None]*shape
 
-# %% ../nbs/02_simulate.ipynb #441dd9bb
+# %% ../nbs/02_simulate.ipynb #a1d65a99
 def early_type_radius(M):  # kpc
     "Median half-light radius of an early-type galaxy of absolute magnitude M in r."
     return 10**(-0.4*0.6*np.asarray(M) - 4.63)
@@ -97,9 +98,9 @@ def radius_scatter(M):     # standard deviation of ln(radius)
     "Scatter of the half-light radius at absolute magnitude M in r."
     return 0.25 + (0.48 - 0.25)/(1 + 10**(-0.8*(np.asarray(M) + 20.52)))
 
-# %% ../nbs/02_simulate.ipynb #be098447
+# %% ../nbs/02_simulate.ipynb #43ba33f3
 def _sizes(flux, bulge, z, numbers):
-    "Half-light radii in arcsec and axis ratios of bulge and disc; `numbers` (N, 4) standard normal."
+    "Half-light radii (arcsec) and axis ratios of bulge and disc, from (N, 4) normal numbers."
     correction = early_type_magnitudes(z)[:, 2]
     M = flux_to_mag(flux[:, 2]) - Planck18.distmod(z).value - correction
     share = bulge[:, 2]/flux[:, 2]
@@ -112,7 +113,7 @@ def _sizes(flux, bulge, z, numbers):
     disc_axis_ratio = np.sqrt(ndtr(numbers[:, 3])**2*(1 - 0.22**2) + 0.22**2)
     return bulge_radius, disc_radius, bulge_axis_ratio, disc_axis_ratio
 
-# %% ../nbs/02_simulate.ipynb #e7880223
+# %% ../nbs/02_simulate.ipynb #28512d12
 def _stack(catalogue, kind):
     "(N, 5) columns `kind`_u ... `kind`_z of a catalogue."
     return np.stack([np.asarray(catalogue[f"{kind}_{band}"], float) for band in BANDS], axis=1)
@@ -139,7 +140,7 @@ def draw_profiles(catalogue: Table,  # columns as in `packaged_catalogue`
     profiles["sky_noise"] = SKY_NOISE*np.exp(SKY_NOISE_SCATTER*numbers[:, 18:23])
     return profiles
 
-# %% ../nbs/02_simulate.ipynb #19548e1f
+# %% ../nbs/02_simulate.ipynb #d1facaec
 def half_light_radius(profiles):  # (N,) arcsec
     "Radius of the circle that holds half of a galaxy's light in r."
     bulge, disc, bulge_radius, disc_radius = (np.asarray(profiles[f"{part}_{what}"]) for what in (
@@ -154,7 +155,7 @@ def half_light_radius(profiles):  # (N,) arcsec
         low, high = np.where(within(middle) < 0.5, [middle, high], [low, middle])
     return middle
 
-# %% ../nbs/02_simulate.ipynb #ae5ec4cd
+# %% ../nbs/02_simulate.ipynb #0c5f3aa7
 def sersic(r, n):  # per square half-light radius
     "Surface brightness of a Sérsic profile of flux one at r half-light radii."
     b = gammaincinv(2*n, 0.5)
@@ -172,7 +173,7 @@ def gaussian_mixture(n # Sérsic index: 4 for de Vaucouleurs, 1 for exponential
                          np.append(sersic(r, n)*weight, 1e3))
     return amplitudes, variances
 
-# %% ../nbs/02_simulate.ipynb #c19f574c
+# %% ../nbs/02_simulate.ipynb #9ae399c6
 def psf_gaussians(fwhm # (N, 5) SDSS's psf_width in u g r i z, arcsec
                  ):    # weights (5, 2), standard deviations (N, 5, 2) in pixels
     "The two Gaussians of the point spread function: narrow core and wide wing."
@@ -183,12 +184,13 @@ def psf_gaussians(fwhm # (N, 5) SDSS's psf_width in u g r i z, arcsec
     weights = np.stack([1/(1 + wing), wing/(1 + wing)], axis=-1)
     return weights, np.stack([core, core*width], axis=-1)
 
-# %% ../nbs/02_simulate.ipynb #98381ceb
+# %% ../nbs/02_simulate.ipynb #2cdf0284
 def _paint_part(column, part, n, core, size):
     "Paint bulge or disc with flux one through a round Gaussian: (B, size, size)."
     angle = torch.deg2rad(column("angle"))[:, None, None]
     grid = torch.arange(size, device=angle.device) - size//2
-    x, y = grid - column("x_offset")[:, None, None], grid[:, None] - column("y_offset")[:, None, None]
+    x = grid - column("x_offset")[:, None, None]
+    y = grid[:, None] - column("y_offset")[:, None, None]
     along, across = x*angle.cos() + y*angle.sin(), y*angle.cos() - x*angle.sin()
     squares = torch.stack([along**2, across**2], dim=1).flatten(2)
     amplitudes, variances = (torch.as_tensor(v, dtype=torch.float32, device=angle.device)
@@ -200,7 +202,7 @@ def _paint_part(column, part, n, core, size):
     heights = amplitudes/(2*np.pi*variances.prod(dim=2).sqrt())
     return torch.bmm(heights[:, None], gaussians).view(-1, size, size)
 
-# %% ../nbs/02_simulate.ipynb #e6922f84
+# %% ../nbs/02_simulate.ipynb #15a4449e
 def _render(profiles, size, device, margin=4):
     "Paint a few galaxies: (B, 5, size, size)."
     tensor = lambda values: torch.as_tensor(np.asarray(values, np.float32), device=device)
@@ -220,7 +222,6 @@ def _render(profiles, size, device, margin=4):
     images = torch.fft.irfft2(spectrum, s=(wide, wide))
     return images[:, :, margin:-margin, margin:-margin]
 
-# %% ../nbs/02_simulate.ipynb #5dd3d2a0
 def render(profiles: Table,    # as `draw_profiles` makes them
            size: int = 64,     # pixels; the galaxy stands on pixel (size//2, size//2)
            device = None,      # name of a device; None: a GPU if there is one
@@ -228,11 +229,12 @@ def render(profiles: Table,    # as `draw_profiles` makes them
           ) -> torch.Tensor:   # (N, 5, size, size) nanomaggies per pixel, without noise
     "Paint galaxies of bulge and disc through the point spread function."
     device = select_device(device)
-    columns = {name: np.asarray(profiles[name], np.float32) for name in profiles.keys()}
-    return torch.cat([_render({name: values[k:k + block] for name, values in columns.items()}, size, device)
-                      for k in range(0, len(profiles), block)])
+    columns = {name: np.asarray(profiles[name], np.float32) for name in profiles.colnames}
+    blocks = ({name: values[k:k + block] for name, values in columns.items()}
+              for k in range(0, len(profiles), block))
+    return torch.cat([_render(one, size, device) for one in blocks])
 
-# %% ../nbs/02_simulate.ipynb #eec72005
+# %% ../nbs/02_simulate.ipynb #0e9a6834
 def _noise(objid, seed, rendering, shape):
     "(N, *shape) standard normal noise, each galaxy from its own generator."
     return np.stack([_generator(one, seed, rendering, 1).standard_normal(shape, dtype=np.float32)
@@ -251,10 +253,10 @@ def add_noise(images,    # (N, 5, H, W) nanomaggies per pixel, without noise
     total += images
     return total if sky is None else total + sky
 
-# %% ../nbs/02_simulate.ipynb #6d45885a
+# %% ../nbs/02_simulate.ipynb #19bf3896
 @lru_cache(maxsize=4)
 def _circles(size):
-    "Trial radii (R,) in pixels, and the pixels' shares (3, size*size, R) in circles of 0.8, 1, 1.25 radii."
+    "Trial radii (R,), and what circles of 0.8, 1, 1.25 radii hold of each pixel (3, size*size, R)."
     offset = np.arange(size) - size//2
     distance = np.hypot(offset, offset[:, None]).ravel()[:, None]
     radii = np.arange(5, max((size//2 - 1)/1.25, 6), 0.5)
@@ -279,35 +281,46 @@ def measure(images,     # (N, 5, H, W) nanomaggies per pixel, background zero
     return (flux_to_asinh_mag(flux) - extinction, asinh_mag_error(flux, np.sqrt(variance)),
             radii[choice]*PIXEL_SCALE)
 
-# %% ../nbs/02_simulate.ipynb #61f0e4f8
-def _checked(catalogue, sky, size):
-    "Raise an `InputError` unless the catalogue and the sky can be simulated."
+# %% ../nbs/02_simulate.ipynb #d8684d5d
+def _check_catalogue(catalogue):
+    "Raise an `InputError` that names the column and the row that cannot be simulated."
     needed = ["objid", "ra", "dec", "z_spec", *(f"{kind}_{band}" for kind in ("ext", "modelflux")
                                                 for band in BANDS)]
     missing = [name for name in needed if name not in catalogue.colnames]
-    if missing: raise InputError(f"the catalogue has no column {', '.join(missing)}; add it, or start "
-                                 "from packaged_catalogue().")
+    if missing: raise InputError(f"the catalogue has no column {', '.join(missing)}; add it, or "
+                                 "start from packaged_catalogue().")
+    if not len(catalogue): raise InputError("the catalogue has no rows; hand in at least one.")
+    rules = {"objid": ("an integer of 0 or more", lambda x: x >= 0),
+             "z_spec": ("above 0 and at most 1", lambda x: (x > 0) & (x <= 1)),
+             "modelflux_r": ("above 0", lambda x: x > 0)}
     for name in needed:
-        bad = np.flatnonzero(~np.isfinite(np.ma.filled(np.ma.asarray(catalogue[name], float), np.nan)))
-        if len(bad): raise InputError(f"row {bad[0]} of the catalogue has no finite {name}; fill it or "
-                                      f"remove the row ({len(bad)} such rows).")
-    for name, good, rule in (("objid", catalogue["objid"] >= 0, "0 or more"),
-                             ("z_spec", (catalogue["z_spec"] > 0) & (catalogue["z_spec"] <= 1),
-                              "above 0 and at most 1"),
-                             ("modelflux_r", catalogue["modelflux_r"] > 0, "above 0")):
-        bad = np.flatnonzero(~np.asarray(good))
-        if len(bad): raise InputError(f"row {bad[0]} of the catalogue has {name} = "
-                                      f"{catalogue[name][bad[0]]}, but it must be {rule}; mend or remove "
-                                      f"the row ({len(bad)} such rows).")
-    if sky is not None and (np.ndim(sky) != 4 or np.shape(sky)[1:] != (5, size, size) or not len(sky)):
-        raise InputError(f"the sky has shape {np.shape(sky)}, but must be (M, 5, {size}, {size}), one or "
-                         "more empty stamps in u, g, r, i, z.")
+        kinds = "iu" if name == "objid" else "iuf"
+        if catalogue[name].dtype.kind not in kinds:
+            raise InputError(f"column {name} of the catalogue is of type {catalogue[name].dtype}; "
+                             f"make it {'integers' if kinds == 'iu' else 'numbers'}.")
+        rule, good = rules.get(name, ("finite", np.isfinite))
+        values = np.ma.filled(np.ma.asarray(catalogue[name]).astype(float), np.nan)
+        bad = np.flatnonzero(~(np.isfinite(values) & good(values)))
+        if len(bad): raise InputError(
+            f"row {bad[0]} of the catalogue has {name} = {values[bad[0]]}, but it must be {rule}; mend "
+            f"or remove the row (one of {len(bad)}).")
 
-# %% ../nbs/02_simulate.ipynb #8ddbf9fa
+def _check_options(sky, size, **integers):
+    "Raise an `InputError` that names the option that makes no sense."
+    for name, value in integers.items():
+        least = 1 if name == "chunk" else 0
+        if value < least: raise InputError(f"{name} is {value}, but must be {least} or more.")
+    if size < 16: raise InputError(f"size is {size} pixels, but must be 16 or more.")
+    shape = np.shape(sky)
+    if sky is not None and (len(shape) != 4 or shape[0] == 0 or shape[1:] != (5, size, size)):
+        raise InputError(f"the sky has shape {shape}, but must be (M, 5, {size}, {size}): one or more "
+                         "empty stamps in u, g, r, i, z.")
+
+# %% ../nbs/02_simulate.ipynb #e77e01d2
 def _described(catalogue, columns):
     "The table of some stamps: `columns` made here between those of the catalogue they belong to."
-    house = {"objid": np.int64, "ra": float, "dec": float, "z_spec": np.float32, "z_err": np.float32,
-             "z_warning": np.int32}
+    house = {"objid": np.int64, "ra": float, "dec": float, "z_spec": np.float32,
+             "z_err": np.float32, "z_warning": np.int32}
     given = dict(catalogue.columns)
     given.setdefault("z_err", np.full(len(catalogue), np.nan))
     given.setdefault("z_warning", np.zeros(len(catalogue)))
@@ -321,7 +334,7 @@ def _described(catalogue, columns):
         if name not in order: table[f"cat_{name}"] = catalogue[name]
     return table
 
-# %% ../nbs/02_simulate.ipynb #1a9a5a80
+# %% ../nbs/02_simulate.ipynb #2fb9a544
 def _simulated_block(catalogue, seed, rendering, device, sky, size):
     "Stamps of a few galaxies and what was drawn and measured, as columns."
     profiles, objid, chosen = draw_profiles(catalogue, seed, rendering), catalogue["objid"], None
@@ -337,7 +350,8 @@ def _simulated_block(catalogue, seed, rendering, device, sky, size):
     extinction = _stack(catalogue, "ext")
     magnitudes, errors, aperture = measure(images, columns["sim_sky_noise"], extinction)
     for kind, values in (("mag", magnitudes), ("magerr", errors), ("ext", extinction)):
-        columns |= {f"{kind}_{band}": values[:, k].astype(np.float32) for k, band in enumerate(BANDS)}
+        columns |= {f"{kind}_{band}": values[:, k].astype(np.float32)
+                    for k, band in enumerate(BANDS)}
     bulge, disc = columns["sim_bulge_flux"][:, 2], columns["sim_disc_flux"][:, 2]
     return images, columns | {"sim_bulge_fraction": bulge/(bulge + disc),
                               "sim_half_light_radius": half_light_radius(profiles),
@@ -345,24 +359,25 @@ def _simulated_block(catalogue, seed, rendering, device, sky, size):
                               "sim_aperture": aperture,
                               "sim_rendering": np.full(len(images), rendering, np.int32)}
 
-# %% ../nbs/02_simulate.ipynb #6231df8e
+# %% ../nbs/02_simulate.ipynb #1b0ad433
 def _rechunked(blocks, chunk):
     "The same rows in chunks of another size."
     held, n = [], 0
+    cut = lambda columns, rows: {name: values[rows] for name, values in columns.items()}
     join = lambda: (np.concatenate([images for images, _ in held]),
-                    {name: np.concatenate([columns[name] for _, columns in held]) for name in held[0][1]})
+                    {name: np.concatenate([columns[name] for _, columns in held])
+                     for name in held[0][1]})
     for images, columns in blocks:
         while len(images):
             take = min(chunk - n, len(images))
-            held.append((images[:take], {name: values[:take] for name, values in columns.items()}))
-            images, columns = images[take:], {name: values[take:] for name, values in columns.items()}
-            n += take
+            held.append((images[:take], cut(columns, slice(take))))
+            images, columns, n = images[take:], cut(columns, slice(take, None)), n + take
             if n == chunk:
                 yield join()
                 held, n = [], 0
     if held: yield join()
 
-# %% ../nbs/02_simulate.ipynb #d5c914cc
+# %% ../nbs/02_simulate.ipynb #4f41cdac
 def simulate(catalogue: Table,       # columns as in `packaged_catalogue`
              seed: int = 0,          # another seed, another simulation
              rendering: int = 0,     # 1, 2, ...: the same galaxies as if observed again
@@ -373,13 +388,14 @@ def simulate(catalogue: Table,       # columns as in `packaged_catalogue`
              size: int = 64          # pixels
             ) -> Iterator[tuple[np.ndarray, Table]]: # images (n, 5, size, size) float32, n rows
     "Render a catalogue to stamps and measure their magnitudes, chunk by chunk."
-    _checked(catalogue, sky, size)
+    _check_catalogue(catalogue)
+    _check_options(sky, size, chunk=chunk, seed=seed, rendering=rendering)
     device = select_device(device)
     blocks = (_simulated_block(catalogue[k:k + 64], seed, rendering, device, sky, size)
               for k in range(0, len(catalogue), 64))
     def chunks():
         done = 0
-        with tqdm(total=len(catalogue), unit="stamp", disable=not progress, desc="rendering") as bar:
+        with tqdm(total=len(catalogue), unit="stamp", desc="rendering", disable=not progress) as bar:
             for images, columns in _rechunked(blocks, chunk):
                 yield images, _described(catalogue[done:done + len(images)], columns)
                 done += len(images)
