@@ -5,18 +5,24 @@
 # %% auto #0
 __all__ = ['InputError', 'from_os_error', 'write_aside', 'select_device']
 
-# %% ../nbs/00_errors.ipynb #59d6cd58
+# %% ../nbs/00_errors.ipynb #e697a806
 import os, shutil, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-# %% ../nbs/00_errors.ipynb #b51f4794
+# %% ../nbs/00_errors.ipynb #b690d669
 class InputError(ValueError):
     "Something handed in is wrong: one sentence says what, where, and what to do."
+    def __init__(self, sentence: str):
+        super().__init__(sentence)
+        self.sentence = sentence
 
-# %% ../nbs/00_errors.ipynb #d6cb6885
+    def __str__(self): return self.sentence
+
+# %% ../nbs/00_errors.ipynb #add03e08
 _REMEDIES = {
     "PermissionError": "choose a folder that you may write to",
     "FileNotFoundError": "check the path",
@@ -24,14 +30,14 @@ _REMEDIES = {
     "NotADirectoryError": "choose another path: a part of it is a file",
 }
 
-def from_os_error(error: OSError,       # what the operating system said
+def from_os_error(error: Exception,     # what the operating system said, or safetensors for it
                   doing: str            # what was being done, such as "writing catalogue.fits"
                  ) -> InputError:       # the same as one sentence with a remedy
     "Say an operating system's error as one sentence."
     remedy = _REMEDIES.get(type(error).__name__, "free some space or choose another disk")
-    return InputError(f"{doing} failed: {error.strerror or error}; {remedy}.")
+    return InputError(f"{doing} failed: {getattr(error, 'strerror', None) or error}; {remedy}.")
 
-# %% ../nbs/00_errors.ipynb #75fa8613
+# %% ../nbs/00_errors.ipynb #9c8140ad
 def _remove(path: Path):
     "Remove a file or a folder, if it is there."
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
@@ -48,7 +54,7 @@ def _replace(new: Path, old: Path):
             os.replace(retired, old)
             raise
 
-# %% ../nbs/00_errors.ipynb #2c8e07b7
+# %% ../nbs/00_errors.ipynb #612d7a77
 @contextmanager
 def write_aside(path):  # file or folder to be written
     "Yield a path beside `path`; rename it to `path` if the block succeeds, else remove it."
@@ -59,10 +65,10 @@ def write_aside(path):  # file or folder to be written
             new = Path(aside)/path.name
             yield new
             _replace(new, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise from_os_error(error, f"writing {path}") from error
 
-# %% ../nbs/00_errors.ipynb #2132597d
+# %% ../nbs/00_errors.ipynb #031bfe15
 def select_device(name: str|torch.device|None = None # `cpu`, `cuda:1`, ...; None: a GPU if there is one
                  ) -> torch.device:
     "The device called `name`, checked with one tiny tensor; `InputError` if it is not to be had."

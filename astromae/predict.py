@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['read_fits_stamps', 'as_stamps', 'square_views', 'predict', 'write_predictions', 'embed']
 
-# %% ../nbs/40_predict.ipynb #45f5e4a2
+# %% ../nbs/40_predict.ipynb #cfd8e22c
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,22 +20,22 @@ from .dataset import StampSet
 from .errors import InputError, select_device, write_aside
 from .models import Preprocessing, load_model
 
-# %% ../nbs/40_predict.ipynb #0d50a4c2
+# %% ../nbs/40_predict.ipynb #ee9d0d3c
 def read_fits_stamps(file) -> tuple: # images (N, bands, H, W) float32, and the catalogue or None
     "Stamps and, where there is one, their catalogue from a FITS file."
     file = Path(file)
     try:
-        with fits.open(file, memmap=False) as units:
+        with warnings.catch_warnings(action="ignore"), fits.open(file, memmap=False) as units:
             images = next((unit.data for unit in units if unit.is_image and unit.data is not None), None)
             table = next((Table.read(unit) for unit in units if isinstance(unit, fits.BinTableHDU)), None)
-    except OSError as error:
+    except (OSError, TypeError, ValueError) as error:
         raise InputError(f"{file} cannot be read as FITS ({error}); check the file.") from error
     if images is None or images.ndim not in (3, 4):
         raise InputError(f"{file} holds no cube of stamps (bands, y, x) or (N, bands, y, x); "
                          "write the stamps as the first image of the file.")
     return np.atleast_3d(images).reshape(-1, *images.shape[-3:]).astype(np.float32), table
 
-# %% ../nbs/40_predict.ipynb #3da1431b
+# %% ../nbs/40_predict.ipynb #9e07bdd1
 def as_stamps(stamps) -> tuple: # images (N, bands, H, W), and the catalogue or None
     "Images and catalogue of a `StampSet`, the path of one, the path of a FITS file, or an array."
     if isinstance(stamps, (str, Path)):
@@ -42,7 +43,7 @@ def as_stamps(stamps) -> tuple: # images (N, bands, H, W), and the catalogue or 
     if isinstance(stamps, StampSet): return stamps.images, stamps.catalogue
     return stamps if isinstance(stamps, tuple) else (np.asarray(stamps), None)
 
-# %% ../nbs/40_predict.ipynb #45518017
+# %% ../nbs/40_predict.ipynb #3b5df3fe
 def _magnitudes(catalogue: Table|None, bands: tuple) -> np.ndarray: # (N, bands) float32
     "The dereddened magnitudes that a catalogue gives."
     columns = [f"mag_{band}" for band in bands]
@@ -62,7 +63,7 @@ def _check_images(images: np.ndarray, preprocessing: Preprocessing):
         raise InputError(f"the stamps are {images.shape[3]} x {images.shape[2]} pixels, smaller than the "
                          f"model's crop of {size}; cut larger stamps.")
 
-# %% ../nbs/40_predict.ipynb #931f82dc
+# %% ../nbs/40_predict.ipynb #d1d6052a
 def square_views(images: torch.Tensor, # (B, bands, H, W), the galaxy on pixel (H // 2, W // 2)
                  size: int,            # pixels along a side of a view
                  n: int = 8):          # how many of the eight
@@ -74,7 +75,7 @@ def square_views(images: torch.Tensor, # (B, bands, H, W), the galaxy on pixel (
         turned = torch.rot90(square, view % 4, dims=(2, 3))
         yield (turned.flip(3) if view >= 4 else turned)[..., :size, :size]
 
-# %% ../nbs/40_predict.ipynb #c95023dc
+# %% ../nbs/40_predict.ipynb #b327934b
 def _batches(images: np.ndarray, rows: np.ndarray, batch_size: int, progress: bool):
     "Yield (position in `rows`, float32 tensor of stamps) in order, refusing non-finite pixels."
     starts = range(0, len(rows), batch_size)
@@ -87,7 +88,7 @@ def _batches(images: np.ndarray, rows: np.ndarray, batch_size: int, progress: bo
                              "mend these stamps or leave the rows out.")
         yield slice(start, start + len(part)), batch
 
-# %% ../nbs/40_predict.ipynb #813c4d4b
+# %% ../nbs/40_predict.ipynb #9e175cb5
 def _check_magnitudes(magnitudes: np.ndarray, rows: np.ndarray, images: np.ndarray):
     "Refuse magnitudes of another length, or not finite where they are needed."
     if magnitudes.shape[0] != len(images):
@@ -106,7 +107,7 @@ def _prediction_table(catalogue: Table|None, rows: np.ndarray, z_phot: np.ndarra
     table["z_phot"] = z_phot
     return table
 
-# %% ../nbs/40_predict.ipynb #7176483c
+# %% ../nbs/40_predict.ipynb #c092bbd2
 def _open_model(model, kind: str|None, device) -> tuple:
     "A model folder, a (model, preprocessing) pair or a `Trained` as (model, preprocessing)."
     if isinstance(model, (str, Path)): return load_model(model, device, kind)
@@ -139,7 +140,7 @@ def predict(model,                          # folder of a saved model, or (model
         z_phot[where] = torch.stack(predicted).mean(0).cpu()
     return _prediction_table(catalogue, rows, z_phot)
 
-# %% ../nbs/40_predict.ipynb #a358e920
+# %% ../nbs/40_predict.ipynb #fd6f1108
 def write_predictions(table: Table, file): # .fits, .csv or .ecsv
     "Write a table of predictions; `InputError` if the ending names no format or the disk refuses."
     formats = {".fits": "fits", ".csv": "ascii.csv", ".ecsv": "ascii.ecsv"}
@@ -148,7 +149,7 @@ def write_predictions(table: Table, file): # .fits, .csv or .ecsv
         raise InputError(f"{file} ends with none of {', '.join(formats)}; choose one of these.")
     with write_aside(file) as new: table.write(new, format=formats[file.suffix])
 
-# %% ../nbs/40_predict.ipynb #af7e4555
+# %% ../nbs/40_predict.ipynb #757aa00e
 @torch.no_grad()
 def embed(model,                          # folder of a saved model with an encoder, or a pair
           stamps,                         # `StampSet`, its folder, a FITS file, or (N, bands, H, W)
