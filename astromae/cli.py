@@ -6,7 +6,7 @@
 __all__ = ['app', 'Device', 'Seed', 'Preset', 'ExperimentName', 'InMemory', 'simulate_verb', 'import_verb', 'pretrain_verb',
            'finetune_verb', 'predict_verb', 'demo_verb', 'bench_verb', 'main']
 
-# %% ../nbs/90_cli.ipynb #6bd61ae1
+# %% ../nbs/90_cli.ipynb #77a40c16
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import typer
 
 from .errors import InputError
 
-# %% ../nbs/90_cli.ipynb #282d043d
+# %% ../nbs/90_cli.ipynb #6d388f73
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   rich_markup_mode=None,
                   help="Photometric redshifts of galaxies from images, by masked autoencoding.")
@@ -35,7 +35,7 @@ def _preset(presets: dict, name: str, **overrides):
         raise InputError(f"there is no preset {name!r}; choose one of {', '.join(presets)}.")
     return replace(presets[name], **{k: v for k, v in overrides.items() if v is not None})
 
-# %% ../nbs/90_cli.ipynb #5b163907
+# %% ../nbs/90_cli.ipynb #2c62df00
 @app.command("simulate")
 def simulate_verb(
     out: Annotated[Path, typer.Argument(help="folder of the new stamp set")],
@@ -56,7 +56,7 @@ def import_verb(
     from astromae.dataset import import_npz
     print(f"{len(import_npz(source, out, dtype=dtype))} stamps are in {out}")
 
-# %% ../nbs/90_cli.ipynb #1d1b2cbb
+# %% ../nbs/90_cli.ipynb #d8af8ab4
 @app.command("pretrain")
 def pretrain_verb(
     stamps: Annotated[Path, typer.Argument(help="folder of a stamp set")],
@@ -81,15 +81,15 @@ def pretrain_verb(
                       pcm_masking=pcm_masking)
     trained = pretrain(stamps, rows["pretrain"], rows["watch"], out, model, settings, device,
                        in_memory)
-    print(f"the autoencoder is in {trained.folder}/model, its losses in {trained.folder}/history.csv")
+    print(f"the autoencoder is in {trained.folder/'model'}, its losses in {out/'history.csv'}")
 
-# %% ../nbs/90_cli.ipynb #68f9224f
+# %% ../nbs/90_cli.ipynb #4dcc4cf9
 @app.command("finetune")
 def finetune_verb(
     stamps: Annotated[Path, typer.Argument(help="folder of a stamp set")],
     out: Annotated[Path, typer.Argument(help="folder of the run; goes on where it stopped")],
     pretrained: Annotated[Optional[Path], typer.Option(help="folder of a pretraining run")] = None,
-    network: Annotated[str, typer.Option(help="one of the fourteen architectures")] = "pcm-AstroMAE",
+    network: Annotated[str, typer.Option(help="one of the paper's fourteen")] = "pcm-AstroMAE",
     preset: Preset = "paper", experiment: ExperimentName = "1",
     epochs: Optional[int] = None, batch_size: Optional[int] = None,
     noise: Annotated[Optional[float], typer.Option(
@@ -103,20 +103,20 @@ def finetune_verb(
     print(finetune_and_score(stamps, out, network, settings, experiment, pretrained, device,
                              in_memory))
 
-# %% ../nbs/90_cli.ipynb #d19a051a
+# %% ../nbs/90_cli.ipynb #3b1ef8ef
 @app.command("predict")
 def predict_verb(
     model: Annotated[Path, typer.Argument(help="folder of a saved model")],
     stamps: Annotated[Path, typer.Argument(help="folder of a stamp set, or a FITS file of stamps")],
     out: Annotated[Path, typer.Argument(help="table to write: .fits, .csv or .ecsv")],
-    views: Annotated[int, typer.Option(min=1, max=8, help="mean over views of each galaxy, 1 to 8")] = 1,
+    views: Annotated[int, typer.Option(min=1, max=8, help="mean over views of a galaxy")] = 1,
     device: Device = None):
     "Predict redshifts of new galaxies: a table with objid and z_phot."
     from astromae.predict import predict, write_predictions
     write_predictions(predict(model, stamps, views=views, device=device, progress=True), out)
     print(f"the redshifts are in {out}")
 
-# %% ../nbs/90_cli.ipynb #62a7e706
+# %% ../nbs/90_cli.ipynb #8d60b9a4
 @app.command("demo")
 def demo_verb(
     out: Annotated[Path, typer.Argument(help="folder for everything that is made")] = Path("demo"),
@@ -134,7 +134,7 @@ def bench_verb(
     from astromae.benchmarks import run_benchmarks
     run_benchmarks(out, accuracy)
 
-# %% ../nbs/90_cli.ipynb #8f20f486
+# %% ../nbs/90_cli.ipynb #ff23349b
 def main():
     "The entry point of the command `astromae`."
     try: app()

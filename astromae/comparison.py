@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'ACCURACY', 'CLOSING', 'Comparison', 'render_stamps', 'folder_name', 'train_networks', 'predict_test_part',
-           'score', 'format_scores', 'verdict', 'save_figure', 'draw_reconstructions', 'draw_curves', 'draw_rate',
-           'draw_figures', 'compare', 'finetune_and_score', 'run_demo']
+           'score', 'write_scores', 'format_scores', 'verdict', 'save_figure', 'draw_reconstructions', 'draw_curves',
+           'draw_rate', 'draw_figures', 'compare', 'finetune_and_score', 'run_demo']
 
-# %% ../nbs/50_comparison.ipynb #698c41b6
+# %% ../nbs/50_comparison.ipynb #3373b665
 import json
 import re
 from collections.abc import Iterable
@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from astropy.table import Table
 from fastai.torch_core import rank_distrib
-from tqdm.auto import tqdm
 
 from .baselines import BASELINES
 from .batches import centre_crop
@@ -34,10 +33,10 @@ from .plots import (density_scatter, plot_losses, plot_rates, plot_reconstructio
 from .predict import predict, write_predictions
 from .redshift import architecture
 from .simulate import packaged_catalogue, simulate
-from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings, PretrainSettings,
-                               Trained, claim_run, finetune, pretrain)
+from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
+                               PretrainSettings, Trained, claim_run, finetune, pretrain)
 
-# %% ../nbs/50_comparison.ipynb #52dcc29a
+# %% ../nbs/50_comparison.ipynb #35da55c7
 @dataclass(frozen=True)
 class Comparison:
     "What is rendered, trained and compared."
@@ -52,27 +51,22 @@ class Comparison:
 
 DEMO = Comparison()
 
-# %% ../nbs/50_comparison.ipynb #a714162b
+# %% ../nbs/50_comparison.ipynb #4cdff4e4
 ACCURACY = Comparison(
-    experiment="accuracy", networks=("pcm-AstroMAE", "Henghes et al."), views=8)
+    experiment="accuracy", networks=("pcm-AstroMAE", "Henghes et al."), views=8,
+    pretraining=replace(PRETRAIN_PRESETS["demo"], epochs=6, warmup_epochs=1),
+    finetuning=replace(FINETUNE_PRESETS["demo"], epochs=20, cycle=20, rate=2e-3))
 
-# %% ../nbs/50_comparison.ipynb #3e19c9f4
+# %% ../nbs/50_comparison.ipynb #cf884a67
 def render_stamps(folder: Path, galaxies: int, seed: int, progress: bool) -> StampSet:
     "The packaged galaxies as a stamp set, rendered unless the folder has them already."
     if folder.exists(): return StampSet.open(folder)
     catalogue = packaged_catalogue()[:galaxies]
-    chunks = simulate(catalogue, seed=seed)
-    bar = tqdm(total=len(catalogue), desc="rendering", unit="stamp", unit_scale=True,
-               disable=not progress)
-    def counted():
-        for images, table in chunks:
-            yield images, table
-            bar.update(len(images))
-    with bar:
-        return write_stamp_set(folder, counted(), len(catalogue), dtype="float16",
-                               origin="SDSS redshifts and colours are real, the pixels simulated")
+    chunks = simulate(catalogue, seed=seed, progress=progress)
+    return write_stamp_set(folder, chunks, len(catalogue), dtype="float16",
+                           origin="SDSS redshifts and colours are real, the pixels simulated")
 
-# %% ../nbs/50_comparison.ipynb #0331da58
+# %% ../nbs/50_comparison.ipynb #64c89a4c
 def folder_name(name: str) -> str: # letters, digits and hyphens
     "The name of a network as the name of a folder."
     return re.sub(r"[^\w-]+", "-", name).strip("-")
@@ -97,7 +91,7 @@ def train_networks(folder: Path,        # of the comparison
             pretrained=autoencoder.folder if pretrained else None, title=name, **common)
     return autoencoder, networks
 
-# %% ../nbs/50_comparison.ipynb #83e5c2a4
+# %% ../nbs/50_comparison.ipynb #550dd217
 def predict_test_part(file: Path, stamps: StampSet, rows: dict, networks: dict,
                       settings: Comparison, device, progress: bool) -> Table:
     "The table of predictions, made unless it is there."
@@ -109,15 +103,21 @@ def predict_test_part(file: Path, stamps: StampSet, rows: dict, networks: dict,
                               progress=progress)["z_phot"]
     magnitudes, z_spec = stamps.magnitudes(), stamps.redshifts()
     for name, baseline in BASELINES.items():
-        table[name] = baseline(magnitudes[train], z_spec[train], magnitudes[test], seed=settings.seed)
+        table[name] = baseline(magnitudes[train], z_spec[train], magnitudes[test],
+                               seed=settings.seed)
     write_predictions(table, file)
     return table
 
-# %% ../nbs/50_comparison.ipynb #c76cd59a
+# %% ../nbs/50_comparison.ipynb #e536573d
 def score(table: Table, names: Iterable) -> list: # one dictionary per name
     "Every metric of every column of predictions, with bootstrap errors."
     z_spec = np.asarray(table["z_spec"], dtype=float)
-    return [{"name": name, **evaluate(np.asarray(table[name], dtype=float), z_spec)} for name in names]
+    return [{"name": name, **evaluate(np.asarray(table[name], dtype=float), z_spec)}
+            for name in names]
+
+def write_scores(scores: list, file: Path):
+    "Write the scores as a JSON list."
+    with write_aside(file) as new: new.write_text(json.dumps(scores, indent=2) + "\n")
 
 def format_scores(scores: list) -> str:
     "The scores as a table in plain text."
@@ -128,7 +128,7 @@ def format_scores(scores: list) -> str:
         lines.append(f"{row['name']:22}{row['n']:>6}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 
-# %% ../nbs/50_comparison.ipynb #643c5263
+# %% ../nbs/50_comparison.ipynb #54a56113
 def verdict(scores: list, networks: Iterable) -> str:
     "One sentence: is the best network ahead of the best baseline in sigma_mad?"
     ordered = sorted(scores, key=lambda row: row["sigma_mad"])
@@ -141,7 +141,7 @@ def verdict(scores: list, networks: Iterable) -> str:
     return (f"{baseline['name']} is still ahead: with so little training, {network['name']} has "
             f"{ratio:.2f} times its sigma_mad. Train longer.")
 
-# %% ../nbs/50_comparison.ipynb #857c323b
+# %% ../nbs/50_comparison.ipynb #32aa414f
 def save_figure(figure: plt.Figure, file: Path):
     "Write a figure as PNG and close it."
     with write_aside(file) as new: figure.savefig(new, format="png", dpi=130, bbox_inches="tight")
@@ -149,9 +149,10 @@ def save_figure(figure: plt.Figure, file: Path):
 
 def draw_reconstructions(autoencoder: Trained, stamps: StampSet, rows: np.ndarray, seed: int = 42,
                          n: int = 6) -> plt.Figure:
-    "Masked, reconstructed and true galaxies of some rows, the brightest in r, in colour."
+    "Masked, reconstructed and true galaxies, from bright to middling in r, in colour."
     model, preprocessing = autoencoder.model.eval(), autoencoder.preprocessing
-    bright = rows[np.argsort(stamps.magnitudes()[rows, 2])[:n]]
+    places = np.linspace(0.03, 0.5, n)*len(rows)
+    bright = rows[np.argsort(stamps.magnitudes()[rows, 2])[places.astype(int)]]
     images = centre_crop(torch.as_tensor(stamps.images[bright], dtype=torch.float32),
                          preprocessing.size)
     seen = preprocessing.images(images)
@@ -163,7 +164,7 @@ def draw_reconstructions(autoencoder: Trained, stamps: StampSet, rows: np.ndarra
         restored = preprocessing.images.inverse(reconstruct(model, seen, noise))
     return plot_reconstructions(images, mask, restored, n=n)
 
-# %% ../nbs/50_comparison.ipynb #97336349
+# %% ../nbs/50_comparison.ipynb #f0c706bd
 def draw_curves(runs: dict, draw) -> plt.Figure: # name -> `Trained`; `plot_losses`, or `draw_rate`
     "One panel per run, side by side."
     figure, axes = plt.subplots(1, len(runs), figsize=(4*len(runs), 2.8), squeeze=False)
@@ -175,12 +176,13 @@ def draw_rate(history, title: str, ax):
     "The learning rate of every epoch of a run."
     return plot_rates(history["epoch"], history["rate"], title, ax)
 
-# %% ../nbs/50_comparison.ipynb #3ba23848
+# %% ../nbs/50_comparison.ipynb #34ad90b7
 def draw_figures(folder: Path, stamps: StampSet, rows: dict, autoencoder: Trained, networks: dict,
                  predictions: Table) -> list: # of the files
     "Write every figure of a comparison into its folder."
     z_spec = predictions["z_spec"]
-    figures = {f"scatter-{folder_name(name)}": density_scatter(z_spec, predictions[name], name).figure
+    figures = {f"scatter-{folder_name(name)}":
+               density_scatter(z_spec, predictions[name], name).figure
                for name in [*networks, *BASELINES]}
     first = next(iter(networks))
     figures["residuals"] = plot_residuals(z_spec, predictions[first]).figure
@@ -192,10 +194,10 @@ def draw_figures(folder: Path, stamps: StampSet, rows: dict, autoencoder: Traine
     for name, figure in figures.items(): save_figure(figure, folder/f"{name}.png")
     return [folder/f"{name}.png" for name in figures]
 
-# %% ../nbs/50_comparison.ipynb #157d1069
+# %% ../nbs/50_comparison.ipynb #a281b405
 def compare(folder,                        # everything is written here; goes on where it stopped
             settings: Comparison = DEMO,
-            stamps=None,                   # folder of a stamp set; None: rendered in `folder/stamps`
+            stamps=None,                   # folder of a stamp set; None: rendered in it
             device: str|None = None,       # None: a GPU if there is one
             progress: bool = True) -> list: # one dictionary of metrics per network and baseline
     "Render, pretrain, fine-tune, predict, score and draw."
@@ -205,19 +207,19 @@ def compare(folder,                        # everything is written here; goes on
               if stamps is None else StampSet.open(stamps))
     rows = split_rows(stamps, settings.experiment, settings.seed)
     autoencoder, networks = train_networks(folder, stamps, rows, settings, device, progress)
-    predictions = predict_test_part(folder/"predictions.fits", stamps, rows, networks, settings, device,
-                                    progress)
+    predictions = predict_test_part(folder/"predictions.fits", stamps, rows, networks, settings,
+                                    device, progress)
     scores = score(predictions, [*networks, *BASELINES])
-    with write_aside(folder/"metrics.json") as new: new.write_text(json.dumps(scores, indent=2) + "\n")
+    write_scores(scores, folder/"metrics.json")
     draw_figures(folder, stamps, rows, autoencoder, networks, predictions)
     best = networks[settings.networks[0]]
     if not (folder/"model").exists(): save_model(folder/"model", best.model, best.preprocessing)
     return scores
 
-# %% ../nbs/50_comparison.ipynb #8ec110bd
+# %% ../nbs/50_comparison.ipynb #6ea33d38
 def finetune_and_score(stamps, folder, network: str, settings: FinetuneSettings, experiment: str,
                        pretrained=None, device: str|None = None, in_memory: bool = False) -> str:
-    "Train a named network, write its predictions, metrics and scatter plot; the table in plain text."
+    "Train a named network, write its predictions, metrics and scatter plot; return the table."
     config = architecture(network)
     stamps, folder = StampSet.open(stamps), Path(folder)
     rows = split_rows(stamps, experiment, settings.seed)
@@ -227,11 +229,12 @@ def finetune_and_score(stamps, folder, network: str, settings: FinetuneSettings,
     table = predict(trained, stamps, rows=rows["test"], device=device)
     scores = score(table, ["z_phot"])
     write_predictions(table, folder/"predictions.fits")
-    with write_aside(folder/"metrics.json") as new: new.write_text(json.dumps(scores, indent=2) + "\n")
-    save_figure(density_scatter(table["z_spec"], table["z_phot"], network).figure, folder/"scatter.png")
+    write_scores(scores, folder/"metrics.json")
+    figure = density_scatter(table["z_spec"], table["z_phot"], network).figure
+    save_figure(figure, folder/"scatter.png")
     return f"{format_scores(scores)}\nThe model, its predictions and its figure are in {folder}"
 
-# %% ../nbs/50_comparison.ipynb #d043efa8
+# %% ../nbs/50_comparison.ipynb #918bc9bc
 CLOSING = """
 redshifts and colours are real SDSS, the pixels are simulated
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'Experiment', 'split_rows']
 
-# %% ../nbs/32_experiments.ipynb #f32f428a
+# %% ../nbs/32_experiments.ipynb #cbbb6e6a
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from .dataset import EXPERIMENT_1, StampSet, split
 from .errors import InputError
 
-# %% ../nbs/32_experiments.ipynb #5c1c4d89
+# %% ../nbs/32_experiments.ipynb #8aef842a
 @dataclass(frozen=True)
 class Experiment:
     "How a stamp set is cut into parts, and which of them pretraining sees."
@@ -21,17 +21,19 @@ class Experiment:
     pretrain: tuple      # the parts whose images pretraining sees
     watch: str           # the part on which the loss of pretraining is watched
 
-# %% ../nbs/32_experiments.ipynb #474b3e50
+# %% ../nbs/32_experiments.ipynb #53e554b3
 EXPERIMENTS = {
     "1": Experiment(EXPERIMENT_1, pretrain=("unlabelled",), watch="watch"),
     "2": Experiment({"train": 0.7, "valid": 0.1, "test": 0.2},
                     pretrain=("train", "valid", "test"), watch="valid"),
-    "demo": Experiment({"unlabelled": 0.38, "watch": 0.02, "train": 0.38, "valid": 0.02, "test": 0.2},
+    "demo": Experiment({"unlabelled": 0.38, "watch": 0.02,
+                        "train": 0.38, "valid": 0.02, "test": 0.2},
                        pretrain=("unlabelled", "train"), watch="watch"),
-    "accuracy": Experiment({"train": 0.7, "valid": 0.1, "test": 0.2}, pretrain=("train",), watch="valid"),
+    "accuracy": Experiment({"train": 0.7, "valid": 0.1, "test": 0.2},
+                           pretrain=("train",), watch="valid"),
 }
 
-# %% ../nbs/32_experiments.ipynb #58bb3228
+# %% ../nbs/32_experiments.ipynb #c3b38254
 def split_rows(stamps: StampSet,  # the set to be cut
                experiment: str,   # a name in `EXPERIMENTS`
                seed: int = 42     # of the split

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_fits_stamps', 'as_stamps', 'square_views', 'predict', 'write_predictions', 'embed']
 
-# %% ../nbs/40_predict.ipynb #cfd8e22c
+# %% ../nbs/40_predict.ipynb #f914a223
 import warnings
 from pathlib import Path
 
@@ -20,14 +20,14 @@ from .dataset import StampSet
 from .errors import InputError, select_device, write_aside
 from .models import Preprocessing, load_model
 
-# %% ../nbs/40_predict.ipynb #ee9d0d3c
+# %% ../nbs/40_predict.ipynb #ae37feed
 def read_fits_stamps(file) -> tuple: # images (N, bands, H, W) float32, and the catalogue or None
     "Stamps and, where there is one, their catalogue from a FITS file."
     file = Path(file)
     try:
         with warnings.catch_warnings(action="ignore"), fits.open(file, memmap=False) as units:
-            images = next((unit.data for unit in units if unit.is_image and unit.data is not None), None)
-            table = next((Table.read(unit) for unit in units if isinstance(unit, fits.BinTableHDU)), None)
+            images = next((u.data for u in units if u.is_image and u.data is not None), None)
+            table = next((Table.read(u) for u in units if isinstance(u, fits.BinTableHDU)), None)
     except (OSError, TypeError, ValueError) as error:
         raise InputError(f"{file} cannot be read as FITS ({error}); check the file.") from error
     if images is None or images.ndim not in (3, 4):
@@ -35,7 +35,7 @@ def read_fits_stamps(file) -> tuple: # images (N, bands, H, W) float32, and the 
                          "write the stamps as the first image of the file.")
     return np.atleast_3d(images).reshape(-1, *images.shape[-3:]).astype(np.float32), table
 
-# %% ../nbs/40_predict.ipynb #9e07bdd1
+# %% ../nbs/40_predict.ipynb #0db8eb44
 def as_stamps(stamps) -> tuple: # images (N, bands, H, W), and the catalogue or None
     "Images and catalogue of a `StampSet`, the path of one, the path of a FITS file, or an array."
     if isinstance(stamps, (str, Path)):
@@ -43,27 +43,29 @@ def as_stamps(stamps) -> tuple: # images (N, bands, H, W), and the catalogue or 
     if isinstance(stamps, StampSet): return stamps.images, stamps.catalogue
     return stamps if isinstance(stamps, tuple) else (np.asarray(stamps), None)
 
-# %% ../nbs/40_predict.ipynb #3b5df3fe
+# %% ../nbs/40_predict.ipynb #d9ed2e91
 def _magnitudes(catalogue: Table|None, bands: tuple) -> np.ndarray: # (N, bands) float32
     "The dereddened magnitudes that a catalogue gives."
     columns = [f"mag_{band}" for band in bands]
     missing = [c for c in columns if catalogue is None or c not in catalogue.colnames]
     if missing:
-        raise InputError(f"this model needs magnitudes, but the catalogue has no {', '.join(missing)}; "
-                         "add the columns, or give the magnitudes as an array (N, bands).")
+        raise InputError(f"this model needs magnitudes, but the catalogue has no "
+                         f"{', '.join(missing)}; add the columns, or give the magnitudes as an "
+                         "array (N, bands).")
     return np.stack([np.asarray(catalogue[c], dtype=np.float32) for c in columns], axis=1)
 
 def _check_images(images: np.ndarray, preprocessing: Preprocessing):
     "Refuse stamps that the model cannot have been made for."
     n_bands, size = len(preprocessing.bands), preprocessing.size
     if images.ndim != 4 or images.shape[1] != n_bands:
-        raise InputError(f"the stamps have shape {images.shape}, but the model wants (N, {n_bands}, H, W) "
-                         f"with the bands {' '.join(preprocessing.bands)}; reorder or cut them so.")
+        raise InputError(f"the stamps have shape {images.shape}, but the model wants "
+                         f"(N, {n_bands}, H, W) with the bands {' '.join(preprocessing.bands)}; "
+                         "reorder or cut them so.")
     if min(images.shape[2:]) < size:
-        raise InputError(f"the stamps are {images.shape[3]} x {images.shape[2]} pixels, smaller than the "
-                         f"model's crop of {size}; cut larger stamps.")
+        raise InputError(f"the stamps are {images.shape[3]} x {images.shape[2]} pixels, smaller "
+                         f"than the model's crop of {size}; cut larger stamps.")
 
-# %% ../nbs/40_predict.ipynb #d1d6052a
+# %% ../nbs/40_predict.ipynb #b44f6e01
 def square_views(images: torch.Tensor, # (B, bands, H, W), the galaxy on pixel (H // 2, W // 2)
                  size: int,            # pixels along a side of a view
                  n: int = 8):          # how many of the eight
@@ -75,7 +77,7 @@ def square_views(images: torch.Tensor, # (B, bands, H, W), the galaxy on pixel (
         turned = torch.rot90(square, view % 4, dims=(2, 3))
         yield (turned.flip(3) if view >= 4 else turned)[..., :size, :size]
 
-# %% ../nbs/40_predict.ipynb #b327934b
+# %% ../nbs/40_predict.ipynb #1aa40ec3
 def _batches(images: np.ndarray, rows: np.ndarray, batch_size: int, progress: bool):
     "Yield (position in `rows`, float32 tensor of stamps) in order, refusing non-finite pixels."
     starts = range(0, len(rows), batch_size)
@@ -84,16 +86,16 @@ def _batches(images: np.ndarray, rows: np.ndarray, batch_size: int, progress: bo
         batch = torch.from_numpy(np.asarray(images[part], dtype=np.float32))
         bad = ~torch.isfinite(batch).flatten(1).all(1).numpy()
         if bad.any():
-            raise InputError(f"the stamps of rows {part[bad][:5].tolist()} have NaN or infinite pixels; "
-                             "mend these stamps or leave the rows out.")
+            raise InputError(f"the stamps of rows {part[bad][:5].tolist()} have NaN or infinite "
+                             "pixels; mend these stamps or leave the rows out.")
         yield slice(start, start + len(part)), batch
 
-# %% ../nbs/40_predict.ipynb #9e175cb5
+# %% ../nbs/40_predict.ipynb #108395cc
 def _check_magnitudes(magnitudes: np.ndarray, rows: np.ndarray, images: np.ndarray):
     "Refuse magnitudes of another length, or not finite where they are needed."
     if magnitudes.shape[0] != len(images):
-        raise InputError(f"there are {len(images)} stamps but {magnitudes.shape[0]} rows of magnitudes; "
-                         "give one row per stamp, in the stamps' order.")
+        raise InputError(f"there are {len(images)} stamps but {magnitudes.shape[0]} rows of "
+                         "magnitudes; give one row per stamp, in the stamps' order.")
     bad = rows[~np.isfinite(magnitudes[rows]).all(axis=1)]
     if len(bad):
         raise InputError(f"the magnitudes of rows {bad[:5].tolist()} are not finite; "
@@ -101,13 +103,14 @@ def _check_magnitudes(magnitudes: np.ndarray, rows: np.ndarray, images: np.ndarr
 
 def _prediction_table(catalogue: Table|None, rows: np.ndarray, z_phot: np.ndarray) -> Table:
     "`objid` (the row number where there is none), position and redshift if known, and `z_phot`."
-    known = [c for c in ("objid", "ra", "dec", "z_spec") if catalogue is not None and c in catalogue.colnames]
+    names = () if catalogue is None else catalogue.colnames
+    known = [name for name in ("objid", "ra", "dec", "z_spec") if name in names]
     table = catalogue[known][rows] if known else Table()
     if "objid" not in known: table.add_column(rows.astype(np.int64), name="objid", index=0)
     table["z_phot"] = z_phot
     return table
 
-# %% ../nbs/40_predict.ipynb #c092bbd2
+# %% ../nbs/40_predict.ipynb #f39537fb
 def _open_model(model, kind: str|None, device) -> tuple:
     "A model folder, a (model, preprocessing) pair or a `Trained` as (model, preprocessing)."
     if isinstance(model, (str, Path)): return load_model(model, device, kind)
@@ -115,13 +118,13 @@ def _open_model(model, kind: str|None, device) -> tuple:
 
 @torch.no_grad()
 def predict(model,                          # folder of a saved model, or (model, preprocessing)
-            stamps,                         # `StampSet`, its folder, a FITS file, or (N, bands, H, W)
+            stamps,                         # `StampSet`, its folder, FITS file, or (N, bands, H, W)
             magnitudes: np.ndarray|None = None, # (N, bands) dereddened; None: from the catalogue
             rows: np.ndarray|None = None,   # only these rows; None: all
             views: int = 1,                 # 1 (the paper) to 8: mean over views of the square
             batch_size: int = 256,
             device: str|None = None,        # None: a GPU if there is one
-            progress: bool = False) -> Table: # `objid`, `z_phot`, and what the catalogue says of them
+            progress: bool = False) -> Table: # `objid`, position and redshift if known, `z_phot`
     "Predict the redshifts of galaxies."
     device = select_device(device)
     network, preprocessing = _open_model(model, "RedshiftNetwork", device)
@@ -130,17 +133,19 @@ def predict(model,                          # folder of a saved model, or (model
     rows = np.arange(len(images)) if rows is None else np.asarray(rows)
     mags = np.zeros((len(images), len(preprocessing.bands)), dtype=np.float32)
     if network.config.magnitude:
-        mags = _magnitudes(catalogue, preprocessing.bands) if magnitudes is None else np.asarray(magnitudes)
+        mags = (_magnitudes(catalogue, preprocessing.bands) if magnitudes is None
+                else np.asarray(magnitudes))
     _check_magnitudes(mags, rows, images)
     z_phot = np.empty(len(rows), dtype=np.float32)
     for where, batch in _batches(images, rows, batch_size, progress):
         given = preprocessing.magnitudes(torch.as_tensor(mags[rows[where]], dtype=torch.float32))
         seen = preprocessing.images(batch).to(device)
-        predicted = [network(view, given.to(device)) for view in square_views(seen, preprocessing.size, views)]
+        predicted = [network(view, given.to(device))
+                     for view in square_views(seen, preprocessing.size, views)]
         z_phot[where] = torch.stack(predicted).mean(0).cpu()
     return _prediction_table(catalogue, rows, z_phot)
 
-# %% ../nbs/40_predict.ipynb #fd6f1108
+# %% ../nbs/40_predict.ipynb #8f8c4e2f
 def write_predictions(table: Table, file): # .fits, .csv or .ecsv
     "Write a table of predictions; `InputError` if the ending names no format or the disk refuses."
     formats = {".fits": "fits", ".csv": "ascii.csv", ".ecsv": "ascii.ecsv"}
@@ -149,7 +154,7 @@ def write_predictions(table: Table, file): # .fits, .csv or .ecsv
         raise InputError(f"{file} ends with none of {', '.join(formats)}; choose one of these.")
     with write_aside(file) as new: table.write(new, format=formats[file.suffix])
 
-# %% ../nbs/40_predict.ipynb #757aa00e
+# %% ../nbs/40_predict.ipynb #4ce11ba5
 @torch.no_grad()
 def embed(model,                          # folder of a saved model with an encoder, or a pair
           stamps,                         # `StampSet`, its folder, a FITS file, or (N, bands, H, W)
