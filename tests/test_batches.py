@@ -127,7 +127,8 @@ def test_normalisations_that_make_no_sense(stamps):
     refused("no normalisation 'log'", Normalisation, "log")
     refused("for 3 bands and not for 5", Normalisation("standard", [0]*3, [1]*3), torch.zeros(2, 5))
     refused("not finite or all the same", fit_normalisation, np.zeros((10, 5)), range(10), "standard")
-    refused("not finite or all the same", fit_normalisation, np.full((10, 5), np.nan), range(10), "standard")
+    refused("10 of 10 galaxies have no finite magnitudes", fit_normalisation, np.full((10, 5), np.nan),
+            range(10), "standard")
     refused("not finite or all the same", fit_normalisation, np.zeros((10, 5)), [], "standard")
     refused("needs images", fit_normalisation, np.zeros((10, 5)), range(10), "arcsinh")
     refused("smaller than the 80 x 80", fit_normalisation, stamps, range(10), "standard", size=80)
