@@ -1,4 +1,4 @@
-"""Rendering against GalSim, the packaged tables against their sources, seeds, real sky, and bad input."""
+"""Rendering against GalSim, the packaged tables against their sources, seeds, real sky, bad input."""
 import hashlib
 import subprocess
 import sys
@@ -34,7 +34,7 @@ def together(chunks):
                                     for name in tables[0].colnames}
 
 
-# --- the packaged data ------------------------------------------------------------------------------
+# --- the packaged data
 
 def test_packaged_data_is_small_and_says_where_it_is_from():
     assert (PACKAGED/"sdss_galaxies.fits.gz").stat().st_size < 1e6
@@ -80,7 +80,7 @@ def test_early_type_colours_agree_with_another_template_in_galsim():
         np.testing.assert_allclose(-np.diff(ours), -np.diff(theirs), atol=0.17)
 
 
-# --- drawing ----------------------------------------------------------------------------------------
+# --- drawing
 
 def test_no_part_of_a_galaxy_is_negative_and_both_make_the_catalogues_flux(catalogue, profiles):
     assert (profiles["bulge_flux"] > 0).all() and (profiles["disc_flux"] > 0).all()
@@ -111,7 +111,7 @@ def test_half_light_radius_of_one_part_is_its_own():
     np.testing.assert_allclose(half_light_radius(one), [1.5, 4.], rtol=1e-4)
 
 
-# --- rendering --------------------------------------------------------------------------------------
+# --- rendering
 
 @pytest.mark.parametrize("n, reach", [(4, (0.02, 15)), (1, (0.02, 4))])
 def test_mixture_of_gaussians_follows_the_profile(n, reach):
@@ -165,7 +165,7 @@ def test_point_spread_function_is_that_of_the_survey(shared_data):
         np.testing.assert_allclose(sigmas[0, :, k], np.median(fields[name], axis=0), rtol=0.08)
 
 
-# --- noise and photometry ---------------------------------------------------------------------------
+# --- noise and photometry
 
 def test_noise_has_the_variance_of_sky_and_photons():
     images = np.full((40, 5, 32, 32), 3., np.float32)
@@ -188,15 +188,27 @@ def test_magnitudes_come_from_the_pixels_alone(catalogue):
     np.testing.assert_allclose(np.diff(clean)[:, 1:], np.diff(own)[:, 1:], atol=0.1)
 
 
-# --- simulate ---------------------------------------------------------------------------------------
+# --- simulate
 
 def test_same_seed_same_bytes_whatever_the_chunks(catalogue):
     images, table = together(simulate(catalogue[:150], seed=2, device="cpu"))
     for chunk in (1, 64, 100):
         again, table_again = together(simulate(catalogue[:150], seed=2, device="cpu", chunk=chunk))
         assert images.tobytes() == again.tobytes()
-        for name in table: np.testing.assert_array_equal(table[name], table_again[name], err_msg=name)
-    assert images.dtype == np.float32 and images.shape == (150, 5, 64, 64) and np.isfinite(images).all()
+        for name in table: np.testing.assert_array_equal(table[name], table_again[name], name)
+    assert images.dtype == np.float32 and images.shape == (150, 5, 64, 64)
+    assert np.isfinite(images).all()
+
+
+def test_number_of_threads_changes_no_byte_and_is_left_as_it_was(catalogue):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(next(simulate(catalogue[:20], device="cpu"))[0].tobytes())
+            assert torch.get_num_threads() == threads
+    finally: torch.set_num_threads(before)
+    assert results[0] == results[1]
 
 
 def test_same_seed_same_bytes_in_another_process(catalogue):
@@ -248,7 +260,8 @@ def test_injection_into_real_sky(catalogue, shared_data):
     frames = [fits.getdata(shared_data/"sdss-frames"/f"frame-{band}-001035-6-0017.fits.bz2")
               for band in BANDS]
     corners = [(y, x) for y in range(100, 1300, 100) for x in range(100, 1900, 100)]
-    emptiest = sorted(corners, key=lambda yx: frames[2][yx[0]:yx[0] + 64, yx[1]:yx[1] + 64].max())[:8]
+    brightest_pixel = lambda yx: frames[2][yx[0]:yx[0] + 64, yx[1]:yx[1] + 64].max()
+    emptiest = sorted(corners, key=brightest_pixel)[:8]
     sky = np.stack([[frame[y:y + 64, x:x + 64] for frame in frames] for y, x in emptiest])
     images, table = together(simulate(catalogue[:32], sky=sky, device="cpu"))
     assert np.isfinite(images).all()
@@ -256,7 +269,7 @@ def test_injection_into_real_sky(catalogue, shared_data):
     assert (noise > 0.5*SKY_NOISE).all() and (noise < 2*SKY_NOISE).all()
 
 
-# --- bad input --------------------------------------------------------------------------------------
+# --- bad input
 
 def changed(catalogue, name, value, row=1):
     other = catalogue[:3].copy()
@@ -302,4 +315,5 @@ def test_a_bad_catalogue_is_named(catalogue, spoil, sentence):
     ({"device": "abacus"}, "'abacus' cannot be used"),
 ])
 def test_a_bad_option_is_named(catalogue, options, sentence):
-    with pytest.raises(InputError, match=sentence): simulate(catalogue[:2], **({"device": "cpu"} | options))
+    with pytest.raises(InputError, match=sentence):
+        simulate(catalogue[:2], **({"device": "cpu"} | options))
