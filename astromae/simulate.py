@@ -7,7 +7,7 @@ __all__ = ['COLOUR_SCATTER', 'packaged_catalogue', 'early_type_magnitudes', 'bul
            'late_type_radius', 'radius_scatter', 'draw_profiles', 'half_light_radius', 'sersic', 'gaussian_mixture',
            'psf_gaussians', 'render', 'add_noise', 'measure', 'simulate']
 
-# %% ../nbs/02_simulate.ipynb #7610d8d7
+# %% ../nbs/02_simulate.ipynb #a3f81243
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ from .survey import (BANDS, EXTINCTION_PER_EBV, GAIN, PIXEL_SCALE, PSF_CORRELATI
                              PSF_FWHM, PSF_SCATTER, PSF_WING_HEIGHT, PSF_WING_WIDTH, SKY_NOISE,
                              SKY_NOISE_SCATTER, asinh_mag_error, flux_to_asinh_mag, flux_to_mag)
 
-# %% ../nbs/02_simulate.ipynb #a7a8ee22
+# %% ../nbs/02_simulate.ipynb #b901323b
 def _packaged(name: str) -> Table:
     "A table of the package's data."
     with as_file(files("astromae")/"data"/name) as path: return Table.read(path)
@@ -44,7 +44,7 @@ def packaged_catalogue() -> Table:  # one row per galaxy
         for k, band in enumerate(BANDS): table[f"{kind}_{band}"] = packed[kind][:, k]
     return table
 
-# %% ../nbs/02_simulate.ipynb #4079607f
+# %% ../nbs/02_simulate.ipynb #015a29a2
 @lru_cache(maxsize=1)
 def _early_type_table() -> Table: return _packaged("early_type_magnitudes.ecsv")
 
@@ -55,7 +55,7 @@ def early_type_magnitudes(z # (N,) redshift, from 0 to 1
     ab = np.stack([np.interp(z, table["redshift"], table[band]) for band in BANDS], axis=-1)
     return ab + np.array([0.04, 0., 0., 0., -0.02])
 
-# %% ../nbs/02_simulate.ipynb #4659e531
+# %% ../nbs/02_simulate.ipynb #a7871cc2
 def _generator(objid, seed, rendering, purpose):
     "The random numbers of one galaxy for one purpose."
     entropy = np.random.SeedSequence([int(seed), int(rendering), purpose, int(objid)])
@@ -66,7 +66,7 @@ def _draw(objid, seed, rendering, n=24):
     return np.stack([_generator(one, seed, rendering, 0).standard_normal(n)
                      for one in np.asarray(objid)])
 
-# %% ../nbs/02_simulate.ipynb #b7ec3a95
+# %% ../nbs/02_simulate.ipynb #feeca876
 COLOUR_SCATTER = np.array([0.04, 0.03, 0.02, 0.02])  # mag, in u-g, g-r, r-i, i-z
 
 def bulge_fluxes(flux,     # (N, 5) the galaxy's flux without extinction, nanomaggies
@@ -85,7 +85,7 @@ def bulge_fluxes(flux,     # (N, 5) the galaxy's flux without extinction, nanoma
     share = betaincinv(6*mean, 6*(1 - mean), ndtr(numbers[:, 4]))
     return (np.minimum(share, 0.95*limit)*flux[:, 2])[:, None]*shape
 
-# %% ../nbs/02_simulate.ipynb #898cb0f6
+# %% ../nbs/02_simulate.ipynb #0e629537
 def early_type_radius(M):  # kpc
     "Median half-light radius of an early-type galaxy of absolute magnitude M in r."
     return 10**(-0.4*0.6*np.asarray(M) - 4.63)
@@ -99,7 +99,7 @@ def radius_scatter(M):     # standard deviation of ln(radius)
     "Scatter of the half-light radius at absolute magnitude M in r."
     return 0.25 + (0.48 - 0.25)/(1 + 10**(-0.8*(np.asarray(M) + 20.52)))
 
-# %% ../nbs/02_simulate.ipynb #4f56979b
+# %% ../nbs/02_simulate.ipynb #883265bf
 def _sizes(flux, bulge, z, numbers):
     "Half-light radii (arcsec) and axis ratios of bulge and disc, from (N, 4) normal numbers."
     correction = early_type_magnitudes(z)[:, 2]
@@ -114,7 +114,7 @@ def _sizes(flux, bulge, z, numbers):
     disc_axis_ratio = np.sqrt(ndtr(numbers[:, 3])**2*(1 - 0.22**2) + 0.22**2)
     return bulge_radius, disc_radius, bulge_axis_ratio, disc_axis_ratio
 
-# %% ../nbs/02_simulate.ipynb #f5a484b8
+# %% ../nbs/02_simulate.ipynb #38065dd6
 def _stack(catalogue, kind):
     "(N, 5) columns `kind`_u ... `kind`_z of a catalogue."
     return np.stack([np.asarray(catalogue[f"{kind}_{band}"], float) for band in BANDS], axis=1)
@@ -141,7 +141,7 @@ def draw_profiles(catalogue: Table,  # columns as in `packaged_catalogue`
     profiles["sky_noise"] = SKY_NOISE*np.exp(SKY_NOISE_SCATTER*numbers[:, 18:23])
     return profiles
 
-# %% ../nbs/02_simulate.ipynb #a73dcabb
+# %% ../nbs/02_simulate.ipynb #62f723a8
 def half_light_radius(profiles):  # (N,) arcsec
     "Radius of the circle that holds half of a galaxy's light in r."
     bulge, disc, bulge_radius, disc_radius = (np.asarray(profiles[f"{part}_{what}"]) for what in (
@@ -156,7 +156,7 @@ def half_light_radius(profiles):  # (N,) arcsec
         low, high = np.where(within(middle) < 0.5, [middle, high], [low, middle])
     return middle
 
-# %% ../nbs/02_simulate.ipynb #6838fc90
+# %% ../nbs/02_simulate.ipynb #f95ae2f2
 def sersic(r, n):  # per square half-light radius
     "Surface brightness of a Sérsic profile of flux one at r half-light radii."
     b = gammaincinv(2*n, 0.5)
@@ -174,7 +174,7 @@ def gaussian_mixture(n # Sérsic index: 4 for de Vaucouleurs, 1 for exponential
                          np.append(sersic(r, n)*weight, 1e3))
     return amplitudes, variances
 
-# %% ../nbs/02_simulate.ipynb #e2096b4b
+# %% ../nbs/02_simulate.ipynb #dfec70c2
 def psf_gaussians(fwhm # (N, 5) SDSS's psf_width in u g r i z, arcsec
                  ):    # weights (5, 2), standard deviations (N, 5, 2) in pixels
     "The two Gaussians of the point spread function: narrow core and wide wing."
@@ -185,7 +185,7 @@ def psf_gaussians(fwhm # (N, 5) SDSS's psf_width in u g r i z, arcsec
     weights = np.stack([1/(1 + wing), wing/(1 + wing)], axis=-1)
     return weights, np.stack([core, core*width], axis=-1)
 
-# %% ../nbs/02_simulate.ipynb #20ad4a41
+# %% ../nbs/02_simulate.ipynb #e079c2c0
 def _paint_part(column, part, n, core, size):
     "Paint bulge or disc with flux one through a round Gaussian: (B, size, size)."
     angle = torch.deg2rad(column("angle"))[:, None, None]
@@ -203,7 +203,7 @@ def _paint_part(column, part, n, core, size):
     heights = amplitudes/(2*np.pi*variances.prod(dim=2).sqrt())
     return torch.bmm(heights[:, None], gaussians).view(-1, size, size)
 
-# %% ../nbs/02_simulate.ipynb #e4b0c68f
+# %% ../nbs/02_simulate.ipynb #2a97393a
 def _render(profiles, size, device, margin=4):
     "Paint a few galaxies: (B, 5, size, size)."
     tensor = lambda values: torch.as_tensor(np.asarray(values, np.float32), device=device)
@@ -223,6 +223,15 @@ def _render(profiles, size, device, margin=4):
     images = torch.fft.irfft2(spectrum, s=(wide, wide))
     return images[:, :, margin:-margin, margin:-margin]
 
+@contextmanager
+def _one_thread():
+    "Let PyTorch work with one thread inside the block."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
+
+@_one_thread()
 def render(profiles: Table,    # as `draw_profiles` makes them
            size: int = 64,     # pixels; the galaxy stands on pixel (size//2, size//2)
            device = None,      # name of a device; None: a GPU if there is one
@@ -235,7 +244,7 @@ def render(profiles: Table,    # as `draw_profiles` makes them
               for k in range(0, len(profiles), block))
     return torch.cat([_render(one, size, device) for one in blocks])
 
-# %% ../nbs/02_simulate.ipynb #70d8ea55
+# %% ../nbs/02_simulate.ipynb #c95b6588
 def _noise(objid, seed, rendering, shape):
     "(N, *shape) standard normal noise, each galaxy from its own generator."
     return np.stack([_generator(one, seed, rendering, 1).standard_normal(shape, dtype=np.float32)
@@ -254,7 +263,7 @@ def add_noise(images,    # (N, 5, H, W) nanomaggies per pixel, without noise
     total += images
     return total if sky is None else total + sky
 
-# %% ../nbs/02_simulate.ipynb #bce08d74
+# %% ../nbs/02_simulate.ipynb #f56a5b81
 @lru_cache(maxsize=4)
 def _circles(size):
     "Trial radii (R,), and what circles of 0.8, 1, 1.25 radii hold of each pixel (3, size*size, R)."
@@ -264,6 +273,7 @@ def _circles(size):
     shares = [np.clip(factor*radii - distance + 0.5, 0, 1) for factor in (0.8, 1, 1.25)]
     return radii, np.stack(shares).astype(np.float32)
 
+@_one_thread()
 def measure(images,     # (N, 5, H, W) nanomaggies per pixel, background zero
             sky_noise,  # (N, 5) standard deviation of the sky, nanomaggies per pixel
             extinction  # (N, 5) to be taken off, magnitudes
@@ -282,7 +292,7 @@ def measure(images,     # (N, 5, H, W) nanomaggies per pixel, background zero
     return (flux_to_asinh_mag(flux) - extinction, asinh_mag_error(flux, np.sqrt(variance)),
             radii[choice]*PIXEL_SCALE)
 
-# %% ../nbs/02_simulate.ipynb #caa16216
+# %% ../nbs/02_simulate.ipynb #a5d60712
 def _check_catalogue(catalogue):
     "Raise an `InputError` that names the column and the row that cannot be simulated."
     needed = ["objid", "ra", "dec", "z_spec", *(f"{kind}_{band}" for kind in ("ext", "modelflux")
@@ -314,10 +324,10 @@ def _check_options(sky, size, **integers):
     if size < 16: raise InputError(f"size is {size} pixels, but must be 16 or more.")
     shape = np.shape(sky)
     if sky is not None and (len(shape) != 4 or shape[0] == 0 or shape[1:] != (5, size, size)):
-        raise InputError(f"the sky has shape {shape}, but must be (M, 5, {size}, {size}): one or more "
-                         "empty stamps in u, g, r, i, z.")
+        raise InputError(f"the sky has shape {shape}, but must be (M, 5, {size}, {size}): one or "
+                         "more empty stamps in u, g, r, i, z.")
 
-# %% ../nbs/02_simulate.ipynb #e279ad9f
+# %% ../nbs/02_simulate.ipynb #64eeee27
 def _described(catalogue, columns):
     "The table of some stamps: `columns` made here between those of the catalogue they belong to."
     house = {"objid": np.int64, "ra": float, "dec": float, "z_spec": np.float32,
@@ -335,16 +345,7 @@ def _described(catalogue, columns):
         if name not in order: table[f"cat_{name}"] = catalogue[name]
     return table
 
-# %% ../nbs/02_simulate.ipynb #12a5d6d0
-@contextmanager
-def _one_thread():
-    "Let PyTorch work with one thread inside the block."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(before)
-
-@_one_thread()
+# %% ../nbs/02_simulate.ipynb #4bb1d141
 def _simulated_block(catalogue, seed, rendering, device, sky, size):
     "Stamps of a few galaxies and what was drawn and measured, as columns."
     profiles, objid, chosen = draw_profiles(catalogue, seed, rendering), catalogue["objid"], None
@@ -369,7 +370,7 @@ def _simulated_block(catalogue, seed, rendering, device, sky, size):
                               "sim_aperture": aperture,
                               "sim_rendering": np.full(len(images), rendering, np.int32)}
 
-# %% ../nbs/02_simulate.ipynb #8b0b44bb
+# %% ../nbs/02_simulate.ipynb #bb095974
 def _rechunked(blocks, chunk):
     "The same rows in chunks of another size."
     held, n = [], 0
@@ -387,7 +388,7 @@ def _rechunked(blocks, chunk):
                 held, n = [], 0
     if held: yield join()
 
-# %% ../nbs/02_simulate.ipynb #202e8374
+# %% ../nbs/02_simulate.ipynb #4aeb9800
 def simulate(catalogue: Table,       # columns as in `packaged_catalogue`
              seed: int = 0,          # another seed, another simulation
              rendering: int = 0,     # 1, 2, ...: the same galaxies as if observed again
@@ -405,7 +406,8 @@ def simulate(catalogue: Table,       # columns as in `packaged_catalogue`
               for k in range(0, len(catalogue), 64))
     def chunks():
         done = 0
-        with tqdm(total=len(catalogue), unit="stamp", desc="rendering", disable=not progress) as bar:
+        with tqdm(total=len(catalogue), unit="stamp", desc="rendering",
+                  disable=not progress) as bar:
             for images, columns in _rechunked(blocks, chunk):
                 yield images, _described(catalogue[done:done + len(images)], columns)
                 done += len(images)
