@@ -6,7 +6,7 @@
 __all__ = ['app', 'Device', 'Seed', 'Preset', 'ExperimentName', 'InMemory', 'simulate_verb', 'import_verb', 'pretrain_verb',
            'finetune_verb', 'predict_verb', 'demo_verb', 'bench_verb', 'main']
 
-# %% ../nbs/90_cli.ipynb #77a40c16
+# %% ../nbs/90_cli.ipynb #cd6a4e6e
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import typer
 
 from .errors import InputError
 
-# %% ../nbs/90_cli.ipynb #6d388f73
+# %% ../nbs/90_cli.ipynb #f19910b4
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   rich_markup_mode=None,
                   help="Photometric redshifts of galaxies from images, by masked autoencoding.")
@@ -35,7 +35,7 @@ def _preset(presets: dict, name: str, **overrides):
         raise InputError(f"there is no preset {name!r}; choose one of {', '.join(presets)}.")
     return replace(presets[name], **{k: v for k, v in overrides.items() if v is not None})
 
-# %% ../nbs/90_cli.ipynb #2c62df00
+# %% ../nbs/90_cli.ipynb #df737f1d
 @app.command("simulate")
 def simulate_verb(
     out: Annotated[Path, typer.Argument(help="folder of the new stamp set")],
@@ -56,7 +56,7 @@ def import_verb(
     from astromae.dataset import import_npz
     print(f"{len(import_npz(source, out, dtype=dtype))} stamps are in {out}")
 
-# %% ../nbs/90_cli.ipynb #d8af8ab4
+# %% ../nbs/90_cli.ipynb #72bd6f73
 @app.command("pretrain")
 def pretrain_verb(
     stamps: Annotated[Path, typer.Argument(help="folder of a stamp set")],
@@ -75,6 +75,8 @@ def pretrain_verb(
     from astromae.training import PRETRAIN_PRESETS, pretrain
     settings = _preset(PRETRAIN_PRESETS, preset, epochs=epochs, batch_size=batch_size,
                        normalisation=normalisation, seed=seed)
+    warmup = PRETRAIN_PRESETS[preset].warmup_epochs/PRETRAIN_PRESETS[preset].epochs
+    settings = replace(settings, warmup_epochs=warmup*settings.epochs)
     stamps = StampSet.open(stamps)
     rows = split_rows(stamps, experiment, seed)
     model = MAEConfig(encoder=encoder, patch_size=patch_size, channels=len(stamps.bands),
@@ -83,7 +85,7 @@ def pretrain_verb(
                        in_memory)
     print(f"the autoencoder is in {trained.folder/'model'}, its losses in {out/'history.csv'}")
 
-# %% ../nbs/90_cli.ipynb #4dcc4cf9
+# %% ../nbs/90_cli.ipynb #edcdc6bb
 @app.command("finetune")
 def finetune_verb(
     stamps: Annotated[Path, typer.Argument(help="folder of a stamp set")],
@@ -103,7 +105,7 @@ def finetune_verb(
     print(finetune_and_score(stamps, out, network, settings, experiment, pretrained, device,
                              in_memory))
 
-# %% ../nbs/90_cli.ipynb #3b1ef8ef
+# %% ../nbs/90_cli.ipynb #9912faa9
 @app.command("predict")
 def predict_verb(
     model: Annotated[Path, typer.Argument(help="folder of a saved model")],
@@ -112,11 +114,12 @@ def predict_verb(
     views: Annotated[int, typer.Option(min=1, max=8, help="mean over views of a galaxy")] = 1,
     device: Device = None):
     "Predict redshifts of new galaxies: a table with objid and z_phot."
-    from astromae.predict import predict, write_predictions
+    from astromae.predict import predict, table_format, write_predictions
+    table_format(out)
     write_predictions(predict(model, stamps, views=views, device=device, progress=True), out)
     print(f"the redshifts are in {out}")
 
-# %% ../nbs/90_cli.ipynb #8d60b9a4
+# %% ../nbs/90_cli.ipynb #a962fed3
 @app.command("demo")
 def demo_verb(
     out: Annotated[Path, typer.Argument(help="folder for everything that is made")] = Path("demo"),
@@ -134,10 +137,10 @@ def bench_verb(
     from astromae.benchmarks import run_benchmarks
     run_benchmarks(out, accuracy)
 
-# %% ../nbs/90_cli.ipynb #ff23349b
+# %% ../nbs/90_cli.ipynb #f59edc1f
 def main():
     "The entry point of the command `astromae`."
-    try: app()
-    except InputError as error:
-        print(f"astromae: {error}", file=sys.stderr)
-        sys.exit(2)
+    try: return app()
+    except InputError as error: sentence = str(error)
+    print(f"astromae: {sentence}", file=sys.stderr) # only now have all progress bars closed
+    sys.exit(2)

@@ -7,7 +7,7 @@ __all__ = ['DEMO', 'ACCURACY', 'CLOSING', 'Comparison', 'render_stamps', 'folder
            'score', 'write_scores', 'format_scores', 'verdict', 'save_figure', 'draw_reconstructions', 'draw_curves',
            'draw_rate', 'draw_figures', 'compare', 'finetune_and_score', 'run_demo']
 
-# %% ../nbs/50_comparison.ipynb #3373b665
+# %% ../nbs/50_comparison.ipynb #7eefbea4
 import json
 import re
 from collections.abc import Iterable
@@ -36,7 +36,7 @@ from .simulate import packaged_catalogue, simulate
 from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
                                PretrainSettings, Trained, claim_run, finetune, pretrain)
 
-# %% ../nbs/50_comparison.ipynb #35da55c7
+# %% ../nbs/50_comparison.ipynb #4770fc59
 @dataclass(frozen=True)
 class Comparison:
     "What is rendered, trained and compared."
@@ -51,13 +51,13 @@ class Comparison:
 
 DEMO = Comparison()
 
-# %% ../nbs/50_comparison.ipynb #4cdff4e4
+# %% ../nbs/50_comparison.ipynb #bcb9ca7a
 ACCURACY = Comparison(
     experiment="accuracy", networks=("pcm-AstroMAE", "Henghes et al."), views=8,
     pretraining=replace(PRETRAIN_PRESETS["demo"], epochs=6, warmup_epochs=1),
     finetuning=replace(FINETUNE_PRESETS["demo"], epochs=20, cycle=20, rate=2e-3))
 
-# %% ../nbs/50_comparison.ipynb #cf884a67
+# %% ../nbs/50_comparison.ipynb #1e32ae08
 def render_stamps(folder: Path, galaxies: int, seed: int, progress: bool) -> StampSet:
     "The packaged galaxies as a stamp set, rendered unless the folder has them already."
     if folder.exists(): return StampSet.open(folder)
@@ -66,7 +66,7 @@ def render_stamps(folder: Path, galaxies: int, seed: int, progress: bool) -> Sta
     return write_stamp_set(folder, chunks, len(catalogue), dtype="float16",
                            origin="SDSS redshifts and colours are real, the pixels simulated")
 
-# %% ../nbs/50_comparison.ipynb #64c89a4c
+# %% ../nbs/50_comparison.ipynb #79774aff
 def folder_name(name: str) -> str: # letters, digits and hyphens
     "The name of a network as the name of a folder."
     return re.sub(r"[^\w-]+", "-", name).strip("-")
@@ -91,7 +91,7 @@ def train_networks(folder: Path,        # of the comparison
             pretrained=autoencoder.folder if pretrained else None, title=name, **common)
     return autoencoder, networks
 
-# %% ../nbs/50_comparison.ipynb #550dd217
+# %% ../nbs/50_comparison.ipynb #c0895703
 def predict_test_part(file: Path, stamps: StampSet, rows: dict, networks: dict,
                       settings: Comparison, device, progress: bool) -> Table:
     "The table of predictions, made unless it is there."
@@ -108,7 +108,7 @@ def predict_test_part(file: Path, stamps: StampSet, rows: dict, networks: dict,
     write_predictions(table, file)
     return table
 
-# %% ../nbs/50_comparison.ipynb #e536573d
+# %% ../nbs/50_comparison.ipynb #6049ddf7
 def score(table: Table, names: Iterable) -> list: # one dictionary per name
     "Every metric of every column of predictions, with bootstrap errors."
     z_spec = np.asarray(table["z_spec"], dtype=float)
@@ -128,7 +128,7 @@ def format_scores(scores: list) -> str:
         lines.append(f"{row['name']:22}{row['n']:>6}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 
-# %% ../nbs/50_comparison.ipynb #54a56113
+# %% ../nbs/50_comparison.ipynb #a22b6e6d
 def verdict(scores: list, networks: Iterable) -> str:
     "One sentence: is the best network ahead of the best baseline in sigma_mad?"
     ordered = sorted(scores, key=lambda row: row["sigma_mad"])
@@ -141,7 +141,7 @@ def verdict(scores: list, networks: Iterable) -> str:
     return (f"{baseline['name']} is still ahead: with so little training, {network['name']} has "
             f"{ratio:.2f} times its sigma_mad. Train longer.")
 
-# %% ../nbs/50_comparison.ipynb #32aa414f
+# %% ../nbs/50_comparison.ipynb #4674255d
 def save_figure(figure: plt.Figure, file: Path):
     "Write a figure as PNG and close it."
     with write_aside(file) as new: figure.savefig(new, format="png", dpi=130, bbox_inches="tight")
@@ -164,7 +164,7 @@ def draw_reconstructions(autoencoder: Trained, stamps: StampSet, rows: np.ndarra
         restored = preprocessing.images.inverse(reconstruct(model, seen, noise))
     return plot_reconstructions(images, mask, restored, n=n)
 
-# %% ../nbs/50_comparison.ipynb #f0c706bd
+# %% ../nbs/50_comparison.ipynb #9dd5cf06
 def draw_curves(runs: dict, draw) -> plt.Figure: # name -> `Trained`; `plot_losses`, or `draw_rate`
     "One panel per run, side by side."
     figure, axes = plt.subplots(1, len(runs), figsize=(4*len(runs), 2.8), squeeze=False)
@@ -176,7 +176,7 @@ def draw_rate(history, title: str, ax):
     "The learning rate of every epoch of a run."
     return plot_rates(history["epoch"], history["rate"], title, ax)
 
-# %% ../nbs/50_comparison.ipynb #34ad90b7
+# %% ../nbs/50_comparison.ipynb #550104f2
 def draw_figures(folder: Path, stamps: StampSet, rows: dict, autoencoder: Trained, networks: dict,
                  predictions: Table) -> list: # of the files
     "Write every figure of a comparison into its folder."
@@ -194,7 +194,7 @@ def draw_figures(folder: Path, stamps: StampSet, rows: dict, autoencoder: Traine
     for name, figure in figures.items(): save_figure(figure, folder/f"{name}.png")
     return [folder/f"{name}.png" for name in figures]
 
-# %% ../nbs/50_comparison.ipynb #a281b405
+# %% ../nbs/50_comparison.ipynb #bc5a2a12
 def compare(folder,                        # everything is written here; goes on where it stopped
             settings: Comparison = DEMO,
             stamps=None,                   # folder of a stamp set; None: rendered in it
@@ -216,7 +216,7 @@ def compare(folder,                        # everything is written here; goes on
     if not (folder/"model").exists(): save_model(folder/"model", best.model, best.preprocessing)
     return scores
 
-# %% ../nbs/50_comparison.ipynb #6ea33d38
+# %% ../nbs/50_comparison.ipynb #b72dcb74
 def finetune_and_score(stamps, folder, network: str, settings: FinetuneSettings, experiment: str,
                        pretrained=None, device: str|None = None, in_memory: bool = False) -> str:
     "Train a named network, write its predictions, metrics and scatter plot; return the table."
@@ -234,7 +234,7 @@ def finetune_and_score(stamps, folder, network: str, settings: FinetuneSettings,
     save_figure(figure, folder/"scatter.png")
     return f"{format_scores(scores)}\nThe model, its predictions and its figure are in {folder}"
 
-# %% ../nbs/50_comparison.ipynb #918bc9bc
+# %% ../nbs/50_comparison.ipynb #9211d19d
 CLOSING = """
 redshifts and colours are real SDSS, the pixels are simulated
 

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['PRETRAIN_PRESETS', 'FINETUNE_PRESETS', 'LOSSES', 'Trained', 'PretrainSettings', 'FinetuneSettings',
            'normalised_absolute_error', 'SeedEpoch', 'ImageRate', 'History', 'optimizer_tensors', 'restore_optimizer',
-           'Checkpoint', 'load_checkpoint', 'process_device', 'rank_and_world', 'describe_data', 'claim_run',
-           'make_learner', 'train_phase', 'autoencoder_loss', 'load_trained', 'pretrain', 'redshift_scale',
+           'Checkpoint', 'load_checkpoint', 'process_device', 'rank_and_world', 'describe_data', 'check_run',
+           'claim_run', 'make_learner', 'train_phase', 'autoencoder_loss', 'load_trained', 'pretrain', 'redshift_scale',
            'match_encoder', 'weights_digest', 'finetune']
 
-# %% ../nbs/21_training.ipynb #e6133523
+# %% ../nbs/21_training.ipynb #f2631cc2
 import hashlib, json, time
 from collections import namedtuple
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -38,11 +39,11 @@ from .blocks import decay_groups
 from .dataset import StampSet
 from .errors import InputError, select_device, write_aside
 from .mae import EncoderConfig, MAEConfig, MaskedAutoencoder
-from .models import Preprocessing, load_model, save_model
+from .models import Preprocessing, check_bands, load_model, save_model
 from .redshift import RedshiftConfig, RedshiftNetwork, transfer_encoder
 from .schedules import decaying_restarts, warmup_cosine
 
-# %% ../nbs/21_training.ipynb #c9c38b79
+# %% ../nbs/21_training.ipynb #01e8a7ed
 @dataclass(frozen=True)
 class PretrainSettings:
     "How the masked autoencoder is trained; the defaults are the paper's."
@@ -59,7 +60,7 @@ class PretrainSettings:
     checkpoint_every: int = 10           # epochs [our decision]
     seed: int = 42
 
-# %% ../nbs/21_training.ipynb #2a6cba47
+# %% ../nbs/21_training.ipynb #6e87b325
 @dataclass(frozen=True)
 class FinetuneSettings:
     "How the redshift network is trained; the defaults are the paper's."
@@ -82,20 +83,20 @@ class FinetuneSettings:
     checkpoint_every: int = 10           # epochs [our decision]
     seed: int = 42
 
-# %% ../nbs/21_training.ipynb #61ba0c5d
+# %% ../nbs/21_training.ipynb #8070cbc6
 PRETRAIN_PRESETS = {
     "paper": PretrainSettings(),
-    "demo": PretrainSettings(epochs=20, batch_size=128, peak_rate=1e-3, warmup_epochs=2,
+    "demo": PretrainSettings(epochs=5, batch_size=128, peak_rate=1e-3, warmup_epochs=1,
                              normalisation="arcsinh"),
 }
 FINETUNE_PRESETS = {
     "paper": FinetuneSettings(),
-    "demo": FinetuneSettings(epochs=20, batch_size=64, rate=1e-3, cycle=20, loss="absolute",
+    "demo": FinetuneSettings(epochs=12, batch_size=64, rate=2e-3, cycle=12, loss="absolute",
                              normalisation="arcsinh", magnitude_normalisation="standard",
                              scale_redshift=True, whole_image_statistics=True),
 }
 
-# %% ../nbs/21_training.ipynb #29f98365
+# %% ../nbs/21_training.ipynb #172900cd
 def normalised_absolute_error(prediction: torch.Tensor, # (B,) predicted redshift
                               z_spec: torch.Tensor      # (B,) spectroscopic redshift
                              ) -> torch.Tensor:         # scalar
@@ -104,7 +105,7 @@ def normalised_absolute_error(prediction: torch.Tensor, # (B,) predicted redshif
 
 LOSSES = {"mse": F.mse_loss, "absolute": F.l1_loss, "normalised": normalised_absolute_error}
 
-# %% ../nbs/21_training.ipynb #db8b6fa2
+# %% ../nbs/21_training.ipynb #be7ccb64
 class SeedEpoch(Callback):
     "Make every epoch draw the same random numbers in every run with the same seed."
     order = -20
@@ -117,7 +118,7 @@ class SeedEpoch(Callback):
         self._seed(self.epoch + 1)
     def before_validate(self): self._seed(0)
 
-# %% ../nbs/21_training.ipynb #ff18fccd
+# %% ../nbs/21_training.ipynb #68c4e45f
 class ImageRate(Callback):
     "One progress bar for the whole phase: images, their rate, and the loss."
     order = 60
@@ -132,8 +133,11 @@ class ImageRate(Callback):
         self.bar.update(len(self.yb[0])*max(num_distrib(), 1))
         self.bar.set_postfix_str(f"loss {float(self.smooth_loss):.4f}", refresh=False)
     def after_fit(self): self.bar.close()
+    def close(self):
+        "Take the bar away, also when the training was broken off."
+        if hasattr(self, "bar"): self.bar.close()
 
-# %% ../nbs/21_training.ipynb #7ca61f61
+# %% ../nbs/21_training.ipynb #aefa8b4a
 class History(Callback):
     "Write the losses, the learning rate and the time of every epoch to a CSV file."
     order = 61
@@ -150,7 +154,7 @@ class History(Callback):
                           "rate": self.opt.hypers[-1]["lr"], "seconds": time.time() - self.begun})
         with write_aside(self.file) as new: pd.DataFrame(self.rows).to_csv(new, index=False)
 
-# %% ../nbs/21_training.ipynb #13ef3e03
+# %% ../nbs/21_training.ipynb #a141d37b
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict: # name -> tensor
     "The state of an optimizer as a flat dictionary of tensors."
     state = optimizer.state_dict()["state"]
@@ -167,7 +171,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, # with the parameters of
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-# %% ../nbs/21_training.ipynb #a64f0c29
+# %% ../nbs/21_training.ipynb #3ab66e3f
 class Checkpoint(Callback):
     "Write weights, optimizer and the number of finished epochs, every few epochs."
     order = 65
@@ -191,7 +195,7 @@ def load_checkpoint(folder: Path, learner: Learner) -> int: # epochs that are fi
     restore_optimizer(learner.opt.opt, load_file(folder/"optimizer.safetensors"))
     return json.loads((folder/"checkpoint.json").read_text())["finished_epochs"]
 
-# %% ../nbs/21_training.ipynb #55d4ea7f
+# %% ../nbs/21_training.ipynb #f690405b
 def process_device(name: str|None = None) -> torch.device: # None: this process's GPU, else the CPU
     "The device of this process: with several processes and GPUs, each has its own."
     return PartialState().device if name is None and num_distrib() else select_device(name)
@@ -200,7 +204,7 @@ def rank_and_world() -> tuple: # this process's number, and how many there are
     "Which process this is, of how many."
     return rank_distrib(), max(num_distrib(), 1)
 
-# %% ../nbs/21_training.ipynb #1d3d1571
+# %% ../nbs/21_training.ipynb #638cba50
 def _digest(rows: np.ndarray) -> str:
     "A short fingerprint of an array of row numbers."
     return hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64)).hexdigest()[:16]
@@ -211,7 +215,7 @@ def describe_data(stamps: StampSet, train_rows: np.ndarray, valid_rows: np.ndarr
             "train_rows": [len(train_rows), _digest(train_rows)],
             "valid_rows": [len(valid_rows), _digest(valid_rows)]}
 
-# %% ../nbs/21_training.ipynb #156d17b3
+# %% ../nbs/21_training.ipynb #868eeb1f
 def _differences(old: dict, new: dict, prefix: str = "") -> list:
     "Names and values that two nested dictionaries do not share."
     found = []
@@ -222,19 +226,23 @@ def _differences(old: dict, new: dict, prefix: str = "") -> list:
         elif a != b: found.append(f"{prefix}{key} is {a} there and {b} here")
     return found
 
+def check_run(folder: Path, description: dict):
+    "Refuse a folder that holds a run of another description."
+    file = folder/"run.json"
+    if not file.exists(): return
+    differences = _differences(json.loads(file.read_text()), json.loads(json.dumps(description)))
+    if differences:
+        raise InputError(f"{folder} holds another run ({'; '.join(differences[:3])}); "
+                         "choose another folder or remove this one.")
+
 def claim_run(folder: Path, description: dict):
     "Write a run's description, or check that the folder belongs to the same run."
-    description = json.loads(json.dumps(description))
-    file = folder/"run.json"
-    if file.exists():
-        differences = _differences(json.loads(file.read_text()), description)
-        if differences:
-            raise InputError(f"{folder} holds another run ({'; '.join(differences[:3])}); "
-                             "choose another folder or remove this one.")
-    elif rank_distrib() == 0:
-        with write_aside(file) as new: new.write_text(json.dumps(description, indent=2) + "\n")
+    check_run(folder, description)
+    if (folder/"run.json").exists() or rank_distrib(): return
+    with write_aside(folder/"run.json") as new:
+        new.write_text(json.dumps(description, indent=2) + "\n")
 
-# %% ../nbs/21_training.ipynb #2cb54e1c
+# %% ../nbs/21_training.ipynb #d1859aeb
 def make_learner(model, loaders, loss, settings) -> Learner:
     "A fastai `Learner` with the paper's AdamW and no callbacks but the recorder."
     adamw = partial(OptimWrapper, opt=torch.optim.AdamW, betas=settings.betas, fused=True)
@@ -245,7 +253,7 @@ def make_learner(model, loaders, loss, settings) -> Learner:
     learner.logger = lambda *args: None
     return learner
 
-# %% ../nbs/21_training.ipynb #a7a46aa2
+# %% ../nbs/21_training.ipynb #a7046430
 def train_phase(model,            # on the device
                 loaders,          # training and validation `BatchLoader`
                 loss,             # of (prediction, target)
@@ -261,21 +269,22 @@ def train_phase(model,            # on the device
     callbacks = [SeedEpoch(settings.seed), ParamScheduler({"lr": schedule}),
                  History(folder/"history.csv", start),
                  Checkpoint(folder/"checkpoint", settings.checkpoint_every, start)]
-    if progress: callbacks.append(ImageRate(title, start))
+    bar = ImageRate(title, start)
+    if progress: callbacks.append(bar)
     if start < settings.epochs:
-        with learner.distrib_ctx(sync_bn=loaders[0].device.type == "cuda"):
+        with learner.distrib_ctx(sync_bn=loaders[0].device.type == "cuda"), closing(bar):
             learner.fit(settings.epochs, cbs=[*callbacks, *cbs], start_epoch=start)
 
-# %% ../nbs/21_training.ipynb #8034a63e
+# %% ../nbs/21_training.ipynb #c3e96c9a
 def autoencoder_loss(output, images):
     "The loss that a `MaskedAutoencoder` returns first; the images are its own target."
     return output[0]
 
 Trained = namedtuple("Trained", "model preprocessing history folder")
 
-def load_trained(folder) -> Trained: # the run's folder
+def load_trained(folder, kind: str|None = None) -> Trained: # the run's folder; see `load_model`
     "What a finished run left in its folder; the model is on the CPU."
-    model, preprocessing = load_model(Path(folder)/"model", device="cpu")
+    model, preprocessing = load_model(Path(folder)/"model", device="cpu", kind=kind)
     return Trained(model, preprocessing, pd.read_csv(Path(folder)/"history.csv"), Path(folder))
 
 def _finish(folder: Path, model, preprocessing: Preprocessing) -> Trained:
@@ -284,7 +293,7 @@ def _finish(folder: Path, model, preprocessing: Preprocessing) -> Trained:
     distrib_barrier()
     return load_trained(folder)
 
-# %% ../nbs/21_training.ipynb #7aeac6e0
+# %% ../nbs/21_training.ipynb #f395e2d5
 def pretrain(stamps: StampSet,                  # images; redshifts are not looked at
              rows: np.ndarray,                  # row numbers to train on
              watch_rows: np.ndarray,            # row numbers to watch the loss on
@@ -297,8 +306,9 @@ def pretrain(stamps: StampSet,                  # images; redshifts are not look
              cbs=()) -> Trained:                # more fastai callbacks
     "Pretrain a masked autoencoder on images without labels."
     folder, device = Path(folder), process_device(device)
-    claim_run(folder, {"phase": "pretrain", "model": asdict(model), "settings": asdict(settings),
-                       "data": describe_data(stamps, rows, watch_rows)})
+    description = {"phase": "pretrain", "model": asdict(model), "settings": asdict(settings),
+                   "data": describe_data(stamps, rows, watch_rows)}
+    check_run(folder, description)
     if (folder/"model").exists(): return load_trained(folder)
     images = fit_normalisation(stamps, rows, settings.normalisation)
     preprocessing = Preprocessing(stamps.bands, stamps.pixel_scale, stamps.unit, model.image_size,
@@ -313,17 +323,18 @@ def pretrain(stamps: StampSet,                  # images; redshifts are not look
     torch.manual_seed(settings.seed)
     autoencoder = MaskedAutoencoder(model).to(device)
     schedule = warmup_cosine(settings.epochs, settings.warmup_epochs, settings.peak_rate)
+    claim_run(folder, description)
     train_phase(autoencoder, loaders, autoencoder_loss, schedule, settings, folder, "pretraining",
                 progress, cbs)
     return _finish(folder, autoencoder, preprocessing)
 
-# %% ../nbs/21_training.ipynb #a1b29388
+# %% ../nbs/21_training.ipynb #ee697d4f
 def redshift_scale(stamps: StampSet, rows: np.ndarray) -> dict: # fields of a `RedshiftConfig`
     "Mean and standard deviation of the redshifts of the training rows."
     z_spec = stamps.redshifts()[rows]
     return {"redshift_mean": float(z_spec.mean()), "redshift_std": float(z_spec.std())}
 
-# %% ../nbs/21_training.ipynb #089071ed
+# %% ../nbs/21_training.ipynb #e01a92a0
 def match_encoder(network: RedshiftConfig,       # an architecture
                   autoencoder: MAEConfig         # that of the pretrained weights
                  ) -> RedshiftConfig:            # the same, with the autoencoder's sizes
@@ -331,7 +342,7 @@ def match_encoder(network: RedshiftConfig,       # an architecture
     sizes = {field.name: getattr(autoencoder, field.name) for field in fields(EncoderConfig)}
     return replace(network, **{**sizes, "encoder": network.encoder})
 
-# %% ../nbs/21_training.ipynb #44f00002
+# %% ../nbs/21_training.ipynb #56423041
 def _check_labels(stamps: StampSet, rows: np.ndarray, part: str):
     "Refuse rows without a spectroscopic redshift."
     missing = rows[~stamps.labelled[rows]]
@@ -340,7 +351,7 @@ def _check_labels(stamps: StampSet, rows: np.ndarray, part: str):
                          f"{len(rows)} {part} rows (the first is row {missing[0]}); "
                          "fine-tune on labelled galaxies only.")
 
-# %% ../nbs/21_training.ipynb #b8736282
+# %% ../nbs/21_training.ipynb #1663e749
 def weights_digest(model: torch.nn.Module) -> str: # sixteen hexadecimal digits
     "A short fingerprint of all weights of a model."
     digest = hashlib.sha256()
@@ -349,7 +360,7 @@ def weights_digest(model: torch.nn.Module) -> str: # sixteen hexadecimal digits
         digest.update(tensor.detach().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/21_training.ipynb #628382ff
+# %% ../nbs/21_training.ipynb #63a8db3c
 def finetune(stamps: StampSet,                  # images, magnitudes, redshifts
              rows: np.ndarray,                  # row numbers to train on
              valid_rows: np.ndarray,            # row numbers to watch the loss on
@@ -366,16 +377,19 @@ def finetune(stamps: StampSet,                  # images, magnitudes, redshifts
     folder, device = Path(folder), process_device(device)
     for part, part_rows in (("training", rows), ("validation", valid_rows)):
         _check_labels(stamps, part_rows, part)
-    autoencoder = load_trained(pretrained) if pretrained is not None else None
+    autoencoder = load_trained(pretrained, "MaskedAutoencoder") if pretrained is not None else None
     if network.encoder != "none" and network.frozen and autoencoder is None:
         raise InputError("the network has a frozen encoder, but no pretrained one was given; "
                          "name the folder of a pretraining run.")
     network = replace(network, channels=len(stamps.bands))
-    if autoencoder: network = match_encoder(network, autoencoder.model.config)
+    if autoencoder:
+        network = match_encoder(network, autoencoder.model.config)
+        check_bands(stamps, autoencoder.preprocessing)
     if settings.scale_redshift: network = replace(network, **redshift_scale(stamps, rows))
-    claim_run(folder, {"phase": "finetune", "model": asdict(network), "settings": asdict(settings),
-                       "data": describe_data(stamps, rows, valid_rows),
-                       "pretrained": autoencoder and weights_digest(autoencoder.model)})
+    description = {"phase": "finetune", "model": asdict(network), "settings": asdict(settings),
+                   "data": describe_data(stamps, rows, valid_rows),
+                   "pretrained": autoencoder and weights_digest(autoencoder.model)}
+    check_run(folder, description)
     if (folder/"model").exists(): return load_trained(folder)
     images = (autoencoder.preprocessing.images if autoencoder
               else fit_normalisation(stamps, rows, settings.normalisation))
@@ -397,6 +411,7 @@ def finetune(stamps: StampSet,                  # images, magnitudes, redshifts
         batches = (batch[0] for batch in loaders[0]) if settings.whole_image_statistics else None
         transfer_encoder(autoencoder.model, model, batches)
     schedule = decaying_restarts(settings.epochs, settings.rate, settings.cycle, settings.decay)
+    claim_run(folder, description)
     train_phase(model, loaders, LOSSES[settings.loss], schedule, settings, folder, title, progress,
                 cbs)
     return _finish(folder, model, preprocessing)
