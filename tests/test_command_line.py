@@ -174,7 +174,8 @@ def test_pixels_that_are_not_finite(refused, tmp_path, models, value):
 
 def test_another_number_of_bands(refused, tmp_path, models):
     three = write(tmp_path/"three", bands=tuple("gri"))
-    refused("(N, 5, H, W) with the bands u g r i z", "predict", models/"network", three, tmp_path/"z.fits")
+    refused("has bands ('g', 'r', 'i'), but the model was made for ('u', 'g', 'r', 'i', 'z')", "predict",
+            models/"network", three, tmp_path/"z.fits")
     np.savez(tmp_path/"a.npz", cube=np.zeros((9, 48, 48, 4), np.float32), labels=some(9)[1].as_array())
     refused("(9, 48, 48, 4)", "import", tmp_path/"a.npz", tmp_path/"imported")
     refused("bands", "finetune", three, tmp_path/"run", "--pretrained", models/"autoencoder-run",
