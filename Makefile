@@ -40,16 +40,15 @@ docs: env
 	@echo "The site is in _docs/: open _docs/index.html"
 
 readme: env
-	@$(PREPARE)
-	@$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README _proc/index.ipynb
+	@$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README nbs/index.ipynb
 	@sed -i -e '1i <!-- Written from nbs/index.ipynb by `make readme`: edit the notebook. -->\n' \
-	  -e 's|](images/|](nbs/images/|g' README.md
+	  -e '/^#| /d' -e 's|](images/|](nbs/images/|g' README.md
 
 bench: env
 	@$(BIN)/astromae bench bench
 
 accuracy: env
-	@$(BIN)/astromae bench bench --accuracy
+	@$(BIN)/astromae bench bench --accuracy 3
 
 lab: env
 	@$(BIN)/jupyter lab nbs

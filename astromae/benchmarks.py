@@ -7,7 +7,7 @@ __all__ = ['seconds', 'time_ratio', 'rendering_speed', 'learner_overhead', 'Refe
            'reconstruction_errors', 'scatter_seconds', 'accuracy', 'accuracy_rows', 'machine', 'record',
            'measure_speed', 'run_benchmarks']
 
-# %% ../../../tmp/exp/60_benchmarks.ipynb #41e0d5ae
+# %% ../../../tmp/exp/60_benchmarks.ipynb #091fc587
 import json
 import platform
 import shutil
@@ -34,7 +34,7 @@ from .plots import density_scatter
 from .simulate import packaged_catalogue, simulate
 from .training import PretrainSettings, autoencoder_loss, load_trained, make_learner
 
-# %% ../../../tmp/exp/60_benchmarks.ipynb #20b0d5e9
+# %% ../../../tmp/exp/60_benchmarks.ipynb #f712f084
 def seconds(function: Callable) -> float:
     "Wall time of one call."
     start = time.perf_counter()
@@ -46,14 +46,14 @@ def time_ratio(a: Callable, b: Callable, runs: int = 5) -> float: # median of ti
     a(), b()
     return float(np.median([seconds(a)/seconds(b) for _ in range(runs)]))
 
-# %% ../../../tmp/exp/60_benchmarks.ipynb #e287fcda
+# %% ../../../tmp/exp/60_benchmarks.ipynb #a1aff338
 def rendering_speed(galaxies: int = 2000) -> float: # stamps per second
     "Stamps of five bands and 64 x 64 pixels that are rendered in a second, with their photometry."
     catalogue = packaged_catalogue()[:galaxies]
     next(iter(simulate(catalogue[:64])))
     return galaxies/seconds(lambda: [None for _ in simulate(catalogue)])
 
-# %% ../../../tmp/exp/60_benchmarks.ipynb #2ece0909
+# %% ../../../tmp/exp/60_benchmarks.ipynb #09747c9e
 def learner_overhead(stamps: StampSet, batch_size: int = 256, runs: int = 5) -> float:
     "Time of an epoch through the `Learner` over that of the same steps in a bare loop."
     rows = np.arange(len(stamps))
@@ -78,7 +78,7 @@ def learner_overhead(stamps: StampSet, batch_size: int = 256, runs: int = 5) -> 
 
     return time_ratio(lambda: learner.fit(1), bare, runs)
 
-# %% ../../../tmp/exp/60_benchmarks.ipynb #a62ed1a5
+# %% ../../../tmp/exp/60_benchmarks.ipynb #d3835948
 class ReferenceAutoencoder(nn.Module):
     "The masked autoencoder in its plainest form, to measure against."
     def __init__(self, size=32, patch=8, bands=5, width=192, depth=12, decoder_depth=4, heads=3):
@@ -112,8 +112,9 @@ class ReferenceAutoencoder(nn.Module):
         mask = (restore >= length//4).float()
         return (error*mask).sum()/mask.sum()
 
-# %% ../../../tmp/exp/60_benchmarks.ipynb #41417385
-def pretraining_ratio(stamps: StampSet, batch_size: int = 256, steps: int = 4, runs: int = 5) -> float:
+# %% ../../../tmp/exp/60_benchmarks.ipynb #68440611
+def pretraining_ratio(stamps: StampSet, batch_size: int = 256, steps: int = 4,
+                      runs: int = 5) -> float:
     "Images per second of our training, loader included, over those of the reference loop."
     rows = np.arange(steps*batch_size) % len(stamps)
     loader = BatchLoader(stamps, rows, batch_size, targets="images", normalisation=Normalisation(),
@@ -137,10 +138,10 @@ def pretraining_ratio(stamps: StampSet, batch_size: int = 256, steps: int = 4, r
 
     return 1/time_ratio(lambda: learner.fit(1), reference_epoch, runs)
 
-# %% ../../../tmp/exp/60_benchmarks.ipynb #d059a197
+# %% ../../../tmp/exp/60_benchmarks.ipynb #e90be9a0
 @torch.no_grad()
 def reconstruction_errors(autoencoder, stamps: StampSet, train_rows: np.ndarray,
-                          test_rows: np.ndarray, seed: int = 42) -> dict: # name -> mean squared error
+                          test_rows: np.ndarray, seed: int = 42) -> dict: # name -> error
     "Errors on the masked patches of unseen stamps, in the unit that the network sees."
     model, preprocessing = autoencoder.model.eval(), autoencoder.preprocessing
     def seen(rows):
@@ -152,14 +153,16 @@ def reconstruction_errors(autoencoder, stamps: StampSet, train_rows: np.ndarray,
     loss, predicted, mask = model(images, noise=noise)
     target = patchify(images, model.config.patch_size)
     zero = preprocessing.images(torch.zeros(1, *stamps.images.shape[1:]))
-    guesses = {"all-zero image": centre_crop(zero, preprocessing.size).expand_as(images),
-               "mean training image": seen(train_rows[:4000]).mean(0, keepdim=True).expand_as(images),
-               "mean of each stamp": images.mean(dim=(2, 3), keepdim=True).expand_as(images)}
-    errors = {name: float((((patchify(guess, model.config.patch_size) - target)**2).mean(-1)*mask).sum()
-                          /mask.sum()) for name, guess in guesses.items()}
+    guesses = {"all-zero image": centre_crop(zero, preprocessing.size),
+               "mean training image": seen(train_rows[:4000]).mean(0, keepdim=True),
+               "mean of each stamp": images.mean(dim=(2, 3), keepdim=True)}
+    def error(guess):
+        patches = patchify(guess.expand_as(images), model.config.patch_size)
+        return float((((patches - target)**2).mean(dim=-1)*mask).sum()/mask.sum())
+    errors = {name: error(guess) for name, guess in guesses.items()}
     return {"autoencoder": float(loss), **errors}
 
-# %% ../../../tmp/exp/60_benchmarks.ipynb #3e0f5103
+# %% ../../../tmp/exp/60_benchmarks.ipynb #85d5bb6a
 def scatter_seconds(galaxies: int = 659_857) -> float: # seconds
     "Time to draw and write a density scatter plot."
     rng = np.random.default_rng(42)
@@ -171,8 +174,8 @@ def scatter_seconds(galaxies: int = 659_857) -> float: # seconds
         plt.close(figure)
     return seconds(draw)
 
-# %% ../../../tmp/exp/60_benchmarks.ipynb #6261993e
-def accuracy(folder: Path, seeds=(42, 43, 44)) -> list: # one dictionary per seed
+# %% ../../../tmp/exp/60_benchmarks.ipynb #e7401855
+def accuracy(folder: Path, seeds) -> list: # one dictionary per seed
     "Train with every seed, going on where a former call stopped; scores of networks and baselines."
     stamps = render_stamps(folder/"stamps", ACCURACY.galaxies, 42, progress=True)
     return [{"seed": seed, "scores": compare(folder/f"seed-{seed}", replace(ACCURACY, seed=seed),
@@ -180,13 +183,12 @@ def accuracy(folder: Path, seeds=(42, 43, 44)) -> list: # one dictionary per see
 
 def accuracy_rows(runs: list) -> list: # of dictionaries: name, sigma_mad per seed, mean
     "The sigma_mad of every network and baseline over the seeds."
-    names = [score["name"] for score in runs[0]["scores"]]
-    values = {name: [next(s["sigma_mad"] for s in run["scores"] if s["name"] == name) for run in runs]
-              for name in names}
-    return [{"name": name, "sigma_mad": found, "mean": float(np.mean(found))}
-            for name, found in values.items()]
+    columns = zip(*[run["scores"] for run in runs], strict=True)
+    return [{"name": column[0]["name"], "sigma_mad": [score["sigma_mad"] for score in column],
+             "mean": float(np.mean([score["sigma_mad"] for score in column]))}
+            for column in columns]
 
-# %% ../../../tmp/exp/60_benchmarks.ipynb #cf364540
+# %% ../../../tmp/exp/60_benchmarks.ipynb #4b55d12d
 def machine() -> dict:
     "Where the figures were measured."
     return {"architecture": platform.machine(), "threads": torch.get_num_threads(),
@@ -197,7 +199,7 @@ def record(entries: dict, file: Path):
     known = json.loads(file.read_text()) if file.exists() else {}
     with write_aside(file) as new: new.write_text(json.dumps({**known, **entries}, indent=2) + "\n")
 
-# %% ../../../tmp/exp/60_benchmarks.ipynb #7a462b57
+# %% ../../../tmp/exp/60_benchmarks.ipynb #acc0a3ef
 def measure_speed(folder: Path) -> dict: # name -> figure
     "The figures that take minutes."
     stamps = render_stamps(folder/"small-stamps", 2048, 42, progress=False)
@@ -212,12 +214,12 @@ def measure_speed(folder: Path) -> dict: # name -> figure
         print(figures[name])
     return figures
 
-def run_benchmarks(folder, with_accuracy: bool = False, file: Path = Path("nbs/benchmarks.json")):
-    "Measure, print, and write the figures that the documentation quotes."
+def run_benchmarks(folder, seeds: int = 0, file: Path = Path("nbs/benchmarks.json")):
+    "Measure speed, or accuracy if there are seeds, and write what the documentation quotes."
     folder = Path(folder)
-    if not with_accuracy: record({"machine": machine(), "speed": measure_speed(folder)}, file)
+    if not seeds: record({"machine": machine(), "speed": measure_speed(folder)}, file)
     else:
-        runs = accuracy(folder)
+        runs = accuracy(folder, range(42, 42 + seeds))
         first = folder/f"seed-{runs[0]['seed']}"
         stamps = StampSet.open(folder/"stamps")
         rows = split_rows(stamps, ACCURACY.experiment, runs[0]["seed"])

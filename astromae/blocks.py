@@ -7,7 +7,7 @@ __all__ = ['count_parameters', 'position_embedding', 'initialise', 'TransformerL
            'parallel_convolution', 'PCMLayer', 'place_in_centre', 'InceptionBlock', 'InceptionBranch', 'stack',
            'MagnitudeBranch', 'EncoderHead', 'decay_groups', 'SavedModel']
 
-# %% ../nbs/10_blocks.ipynb #973141e1
+# %% ../nbs/10_blocks.ipynb #ca2b64fb
 from functools import partial
 
 import torch
@@ -19,14 +19,14 @@ from torch import nn
 
 from .errors import InputError
 
-# %% ../nbs/10_blocks.ipynb #81e10335
+# %% ../nbs/10_blocks.ipynb #53d76ebe
 def count_parameters(module: nn.Module,     # any network
                      trained: bool=False    # count only those that are trained
                     ) -> int:               # how many numbers
     "How many parameters a network has."
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
-# %% ../nbs/10_blocks.ipynb #168e09cf
+# %% ../nbs/10_blocks.ipynb #f4d26676
 def position_embedding(width: int,              # numbers per token, a multiple of four
                        grid: int                # patches per side
                       ) -> torch.Tensor:        # (1, 1 + grid*grid, width), class token first
@@ -35,7 +35,7 @@ def position_embedding(width: int,              # numbers per token, a multiple 
     row, column = both.chunk(2, dim=1)
     return F.pad(torch.cat([column, row], dim=1), (0, 0, 1, 0))[None]
 
-# %% ../nbs/10_blocks.ipynb #03b35e21
+# %% ../nbs/10_blocks.ipynb #04fec7e2
 def initialise(model: nn.Module        # an encoder or an autoencoder
               ) -> nn.Module:          # the same, with new weights
     "Start the weights of a transformer as the reference MAE does."
@@ -48,7 +48,7 @@ def initialise(model: nn.Module        # an encoder or an autoencoder
         if name.endswith("_token"): nn.init.normal_(parameter, std=0.02)
     return model
 
-# %% ../nbs/10_blocks.ipynb #ae79869e
+# %% ../nbs/10_blocks.ipynb #55ecb2ad
 class TransformerLayer(Block):
     "The plain layer: attention, then feed-forward, each with a norm before and a residual around."
     def __init__(self,
@@ -64,7 +64,7 @@ class TransformerLayer(Block):
                ) -> torch.Tensor:                   # (B, 1 + V, width)
         return super().forward(tokens)
 
-# %% ../nbs/10_blocks.ipynb #1d0c90b1
+# %% ../nbs/10_blocks.ipynb #7f08fd2c
 def _place(ids, tokens): return ids[..., None].expand(-1, -1, tokens.shape[-1])
 
 def tokens_to_map(tokens: torch.Tensor,         # (B, V, D) visible patches, as in ids_keep
@@ -84,7 +84,7 @@ def map_to_tokens(features: torch.Tensor,       # (B, D, grid, grid)
     tokens = features.flatten(2).transpose(1, 2)
     return tokens if ids_keep is None else tokens.gather(1, _place(ids_keep, tokens))
 
-# %% ../nbs/10_blocks.ipynb #5c53b11c
+# %% ../nbs/10_blocks.ipynb #dbad686c
 def parallel_convolution(width: int,    # D, numbers per token
                          kernel: int,   # 1 or 3
                          groups: int    # divides the width
@@ -94,7 +94,7 @@ def parallel_convolution(width: int,    # D, numbers per token
     return nn.Sequential(convolution(width, 4*width, bias=False), nn.BatchNorm2d(4*width),
                          nn.SiLU(), convolution(4*width, width))
 
-# %% ../nbs/10_blocks.ipynb #5e361989
+# %% ../nbs/10_blocks.ipynb #bb6882bd
 class PCMLayer(TransformerLayer):
     "A transformer layer with a convolution beside its attention."
     def __init__(self,
@@ -123,13 +123,13 @@ class PCMLayer(TransformerLayer):
         tokens = tokens + self.attn(self.norm1(tokens)) + local
         return tokens + self.mlp(self.norm2(tokens))
 
-# %% ../nbs/10_blocks.ipynb #c2855812
+# %% ../nbs/10_blocks.ipynb #3d4dc473
 def place_in_centre(weight: torch.Tensor   # (out, in, 1, 1) kernel of a convolution
                    ) -> torch.Tensor:      # (out, in, 3, 3), zero around the centre
     "A 1 x 1 kernel as the 3 x 3 kernel that computes the same."
     return F.pad(weight, (1, 1, 1, 1))
 
-# %% ../nbs/10_blocks.ipynb #660f1e83
+# %% ../nbs/10_blocks.ipynb #5081ac6d
 class InceptionBlock(nn.Module):
     "Parallel convolutions of several reaches: (B, channels, H, W) to (B, 4 or 3 x width, H, W)."
     def __init__(self,
@@ -145,7 +145,7 @@ class InceptionBlock(nn.Module):
 
     def forward(self, features): return torch.cat([path(features) for path in self.paths], dim=1)
 
-# %% ../nbs/10_blocks.ipynb #2f91b380
+# %% ../nbs/10_blocks.ipynb #29d76799
 class InceptionBranch(nn.Module):
     "Five Inception blocks and two linear layers: images (B, C, S, S) to (B, features)."
     def __init__(self,
@@ -170,14 +170,14 @@ class InceptionBranch(nn.Module):
         images = images.contiguous(memory_format=torch.channels_last)
         return self.head(self.blocks(self.mix(self.halve(images))).flatten(1))
 
-# %% ../nbs/10_blocks.ipynb #a1894477
+# %% ../nbs/10_blocks.ipynb #1ff6e86f
 def stack(*sizes: int           # numbers in, between the layers, and out
          ) -> nn.Sequential:
     "Linear layers with a ReLU between each two."
     pairs = zip(sizes[:-1], sizes[1:])
     return nn.Sequential(*[m for pair in pairs for m in (nn.Linear(*pair), nn.ReLU())][:-1])
 
-# %% ../nbs/10_blocks.ipynb #3fe472fa
+# %% ../nbs/10_blocks.ipynb #bc032cc4
 class MagnitudeBranch(nn.Sequential):
     "Linear layers over the magnitudes: (B, bands) to (B, width)."
     def __init__(self,
@@ -186,7 +186,7 @@ class MagnitudeBranch(nn.Sequential):
                  depth: int=5):         # linear layers
         super().__init__(*stack(bands, *[width]*depth))
 
-# %% ../nbs/10_blocks.ipynb #19e95164
+# %% ../nbs/10_blocks.ipynb #9d662b9d
 class EncoderHead(nn.Sequential):
     "From the encoder's embedding (B, width) to (B, features)."
     def __init__(self,
@@ -195,7 +195,7 @@ class EncoderHead(nn.Sequential):
         super().__init__(nn.LayerNorm(width, eps=1e-6), nn.Linear(width, width),
                          *stack(width, features, features))
 
-# %% ../nbs/10_blocks.ipynb #1f6ef9a0
+# %% ../nbs/10_blocks.ipynb #60f42b0b
 def decay_groups(model: nn.Module      # any of our networks
                 ) -> list:             # [parameters that decay, parameters that do not]
     "The trained parameters, with and without weight decay; fastai calls this a splitter."
@@ -205,7 +205,7 @@ def decay_groups(model: nn.Module      # any of our networks
             groups[parameter.ndim < 2 or name.endswith("_token")].append(parameter)
     return list(groups)
 
-# %% ../nbs/10_blocks.ipynb #7ef63a62
+# %% ../nbs/10_blocks.ipynb #4b61347a
 class SavedModel(PyTorchModelHubMixin):
     "Gives a network of one argument, `config`, `save_pretrained` and a strict `from_pretrained`."
     @classmethod

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'ACCURACY', 'CLOSING', 'Comparison', 'render_stamps', 'folder_name', 'train_networks', 'predict_test_part',
-           'score', 'write_scores', 'format_scores', 'verdict', 'save_figure', 'draw_reconstructions', 'draw_curves',
-           'draw_rate', 'draw_figures', 'compare', 'finetune_and_score', 'run_demo']
+           'score', 'write_scores', 'format_scores', 'verdict', 'save_figure', 'draw_reconstructions', 'draw_losses',
+           'draw_rates', 'draw_figures', 'compare', 'finetune_and_score', 'run_demo']
 
-# %% ../nbs/50_comparison.ipynb #7eefbea4
+# %% ../nbs/50_comparison.ipynb #58b11ef0
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -32,11 +33,12 @@ from .plots import (density_scatter, plot_losses, plot_rates, plot_reconstructio
                             plot_residuals)
 from .predict import predict, write_predictions
 from .redshift import architecture
+from .schedules import rate_curve
 from .simulate import packaged_catalogue, simulate
 from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
-                               PretrainSettings, Trained, claim_run, finetune, pretrain)
+                               PretrainSettings, Trained, schedule_of, claim_run, finetune, pretrain)
 
-# %% ../nbs/50_comparison.ipynb #4770fc59
+# %% ../nbs/50_comparison.ipynb #e2d5381a
 @dataclass(frozen=True)
 class Comparison:
     "What is rendered, trained and compared."
@@ -51,13 +53,13 @@ class Comparison:
 
 DEMO = Comparison()
 
-# %% ../nbs/50_comparison.ipynb #bcb9ca7a
+# %% ../nbs/50_comparison.ipynb #b9085a6f
 ACCURACY = Comparison(
     experiment="accuracy", networks=("pcm-AstroMAE", "Henghes et al."), views=8,
     pretraining=replace(PRETRAIN_PRESETS["demo"], epochs=6, warmup_epochs=1),
     finetuning=replace(FINETUNE_PRESETS["demo"], epochs=20, cycle=20, rate=2e-3))
 
-# %% ../nbs/50_comparison.ipynb #1e32ae08
+# %% ../nbs/50_comparison.ipynb #f1c99a55
 def render_stamps(folder: Path, galaxies: int, seed: int, progress: bool) -> StampSet:
     "The packaged galaxies as a stamp set, rendered unless the folder has them already."
     if folder.exists(): return StampSet.open(folder)
@@ -66,7 +68,7 @@ def render_stamps(folder: Path, galaxies: int, seed: int, progress: bool) -> Sta
     return write_stamp_set(folder, chunks, len(catalogue), dtype="float16",
                            origin="SDSS redshifts and colours are real, the pixels simulated")
 
-# %% ../nbs/50_comparison.ipynb #79774aff
+# %% ../nbs/50_comparison.ipynb #b9bbe0a8
 def folder_name(name: str) -> str: # letters, digits and hyphens
     "The name of a network as the name of a folder."
     return re.sub(r"[^\w-]+", "-", name).strip("-")
@@ -91,7 +93,7 @@ def train_networks(folder: Path,        # of the comparison
             pretrained=autoencoder.folder if pretrained else None, title=name, **common)
     return autoencoder, networks
 
-# %% ../nbs/50_comparison.ipynb #c0895703
+# %% ../nbs/50_comparison.ipynb #5d82f387
 def predict_test_part(file: Path, stamps: StampSet, rows: dict, networks: dict,
                       settings: Comparison, device, progress: bool) -> Table:
     "The table of predictions, made unless it is there."
@@ -108,7 +110,7 @@ def predict_test_part(file: Path, stamps: StampSet, rows: dict, networks: dict,
     write_predictions(table, file)
     return table
 
-# %% ../nbs/50_comparison.ipynb #6049ddf7
+# %% ../nbs/50_comparison.ipynb #8a301101
 def score(table: Table, names: Iterable) -> list: # one dictionary per name
     "Every metric of every column of predictions, with bootstrap errors."
     z_spec = np.asarray(table["z_spec"], dtype=float)
@@ -128,7 +130,7 @@ def format_scores(scores: list) -> str:
         lines.append(f"{row['name']:22}{row['n']:>6}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 
-# %% ../nbs/50_comparison.ipynb #a22b6e6d
+# %% ../nbs/50_comparison.ipynb #21cbab97
 def verdict(scores: list, networks: Iterable) -> str:
     "One sentence: is the best network ahead of the best baseline in sigma_mad?"
     ordered = sorted(scores, key=lambda row: row["sigma_mad"])
@@ -141,7 +143,7 @@ def verdict(scores: list, networks: Iterable) -> str:
     return (f"{baseline['name']} is still ahead: with so little training, {network['name']} has "
             f"{ratio:.2f} times its sigma_mad. Train longer.")
 
-# %% ../nbs/50_comparison.ipynb #4674255d
+# %% ../nbs/50_comparison.ipynb #33e5de68
 def save_figure(figure: plt.Figure, file: Path):
     "Write a figure as PNG and close it."
     with write_aside(file) as new: figure.savefig(new, format="png", dpi=130, bbox_inches="tight")
@@ -164,21 +166,27 @@ def draw_reconstructions(autoencoder: Trained, stamps: StampSet, rows: np.ndarra
         restored = preprocessing.images.inverse(reconstruct(model, seen, noise))
     return plot_reconstructions(images, mask, restored, n=n)
 
-# %% ../nbs/50_comparison.ipynb #9dd5cf06
-def draw_curves(runs: dict, draw) -> plt.Figure: # name -> `Trained`; `plot_losses`, or `draw_rate`
-    "One panel per run, side by side."
-    figure, axes = plt.subplots(1, len(runs), figsize=(4*len(runs), 2.8), squeeze=False)
-    for ax, (name, trained) in zip(axes[0], runs.items()): draw(trained.history, title=name, ax=ax)
+# %% ../nbs/50_comparison.ipynb #ebf47baa
+def draw_losses(runs: dict) -> plt.Figure: # name -> `Trained`
+    "The losses of every run, two panels in a row."
+    figure, axes = plt.subplots(math.ceil(len(runs)/2), 2, figsize=(9, 2.8*math.ceil(len(runs)/2)))
+    for ax in axes.flat[len(runs):]: ax.axis("off")
+    for ax, (name, trained) in zip(axes.flat, runs.items()): plot_losses(trained.history, name, ax=ax)
     figure.tight_layout()
     return figure
 
-def draw_rate(history, title: str, ax):
-    "The learning rate of every epoch of a run."
-    return plot_rates(history["epoch"], history["rate"], title, ax)
+def draw_rates(settings: Comparison) -> plt.Figure:
+    "The learning rates of both phases."
+    figure, axes = plt.subplots(1, 2, figsize=(9, 2.8))
+    phases = {"pretraining": settings.pretraining, "fine-tuning": settings.finetuning}
+    for ax, (name, phase) in zip(axes, phases.items()):
+        plot_rates(*rate_curve(schedule_of(phase), phase.epochs, steps_per_epoch=50), name, ax)
+    figure.tight_layout()
+    return figure
 
-# %% ../nbs/50_comparison.ipynb #550104f2
-def draw_figures(folder: Path, stamps: StampSet, rows: dict, autoencoder: Trained, networks: dict,
-                 predictions: Table) -> list: # of the files
+# %% ../nbs/50_comparison.ipynb #5dcc8175
+def draw_figures(folder: Path, stamps: StampSet, rows: dict, settings: Comparison,
+                 autoencoder: Trained, networks: dict, predictions: Table):
     "Write every figure of a comparison into its folder."
     z_spec = predictions["z_spec"]
     figures = {f"scatter-{folder_name(name)}":
@@ -187,14 +195,11 @@ def draw_figures(folder: Path, stamps: StampSet, rows: dict, autoencoder: Traine
     first = next(iter(networks))
     figures["residuals"] = plot_residuals(z_spec, predictions[first]).figure
     figures["reconstructions"] = draw_reconstructions(autoencoder, stamps, rows["test"])
-    runs = {"pretraining": autoencoder, **networks}
-    both = {"pretraining": autoencoder, first: networks[first]}
-    figures["learning-rates"] = draw_curves(both, draw_rate)
-    figures["losses"] = draw_curves(runs, plot_losses)
+    figures["learning-rates"] = draw_rates(settings)
+    figures["losses"] = draw_losses({"pretraining": autoencoder, **networks})
     for name, figure in figures.items(): save_figure(figure, folder/f"{name}.png")
-    return [folder/f"{name}.png" for name in figures]
 
-# %% ../nbs/50_comparison.ipynb #bc5a2a12
+# %% ../nbs/50_comparison.ipynb #fa0650b1
 def compare(folder,                        # everything is written here; goes on where it stopped
             settings: Comparison = DEMO,
             stamps=None,                   # folder of a stamp set; None: rendered in it
@@ -211,12 +216,12 @@ def compare(folder,                        # everything is written here; goes on
                                     device, progress)
     scores = score(predictions, [*networks, *BASELINES])
     write_scores(scores, folder/"metrics.json")
-    draw_figures(folder, stamps, rows, autoencoder, networks, predictions)
+    draw_figures(folder, stamps, rows, settings, autoencoder, networks, predictions)
     best = networks[settings.networks[0]]
     if not (folder/"model").exists(): save_model(folder/"model", best.model, best.preprocessing)
     return scores
 
-# %% ../nbs/50_comparison.ipynb #b72dcb74
+# %% ../nbs/50_comparison.ipynb #c4ed17a1
 def finetune_and_score(stamps, folder, network: str, settings: FinetuneSettings, experiment: str,
                        pretrained=None, device: str|None = None, in_memory: bool = False) -> str:
     "Train a named network, write its predictions, metrics and scatter plot; return the table."
@@ -234,7 +239,7 @@ def finetune_and_score(stamps, folder, network: str, settings: FinetuneSettings,
     save_figure(figure, folder/"scatter.png")
     return f"{format_scores(scores)}\nThe model, its predictions and its figure are in {folder}"
 
-# %% ../nbs/50_comparison.ipynb #9211d19d
+# %% ../nbs/50_comparison.ipynb #393160c9
 CLOSING = """
 redshifts and colours are real SDSS, the pixels are simulated
 
