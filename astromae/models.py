@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'Preprocessing', 'preprocessing_from_dict', 'check_bands', 'save_model', 'load_model']
 
-# %% ../nbs/13_models.ipynb #6ec17cc4
+# %% ../nbs/13_models.ipynb #2f278d2f
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from .mae import MAEConfig, MaskedAutoencoder
 from .redshift import RedshiftConfig, RedshiftNetwork
 from .survey import BANDS, PIXEL_SCALE
 
-# %% ../nbs/13_models.ipynb #17531d9a
+# %% ../nbs/13_models.ipynb #71d16925
 @dataclass(frozen=True)
 class Preprocessing:
     "What is done to a stamp and its magnitudes before a network sees them."
@@ -32,7 +32,7 @@ class Preprocessing:
     images: Normalisation = field(default_factory=Normalisation)      # of the pixels
     magnitudes: Normalisation = field(default_factory=Normalisation)  # of the magnitudes
 
-# %% ../nbs/13_models.ipynb #00b8cd9b
+# %% ../nbs/13_models.ipynb #fdcd57ae
 def _tuples(values: dict) -> dict:
     "The same dictionary with lists as tuples, as frozen dataclasses hold them."
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -42,7 +42,7 @@ def preprocessing_from_dict(values: dict) -> Preprocessing:
     parts = {k: Normalisation(**_tuples(values[k])) for k in ("images", "magnitudes")}
     return Preprocessing(**{**_tuples(values), **parts})
 
-# %% ../nbs/13_models.ipynb #5075fd33
+# %% ../nbs/13_models.ipynb #0a859311
 def check_bands(stamps: StampSet,             # what is to be looked at
                 preprocessing: Preprocessing): # what the model was made for
     "Refuse a stamp set of other bands, another unit or another pixel scale."
@@ -52,7 +52,7 @@ def check_bands(stamps: StampSet,             # what is to be looked at
             raise InputError(f"{stamps.folder} has {name} {theirs}, but the model was made for {ours}; "
                              "use stamps of the same kind.")
 
-# %% ../nbs/13_models.ipynb #cc2598b0
+# %% ../nbs/13_models.ipynb #bc899e9d
 MODELS = {"MaskedAutoencoder": (MaskedAutoencoder, MAEConfig),
           "RedshiftNetwork": (RedshiftNetwork, RedshiftConfig)}
 
@@ -62,10 +62,11 @@ def save_model(folder,                        # where to; a model that is there 
     "Save a model and what is done to its input; `InputError` if the disk refuses."
     with write_aside(folder) as new:
         model.save_pretrained(new)
+        (new/"README.md").unlink(missing_ok=True) # the library's card speaks of its hub
         description = {"model": type(model).__name__, **asdict(preprocessing)}
         (new/"preprocessing.json").write_text(json.dumps(description, indent=2) + "\n")
 
-# %% ../nbs/13_models.ipynb #e4446e94
+# %% ../nbs/13_models.ipynb #de33e4d0
 def _read_json(file: Path) -> dict:
     "The dictionary in a JSON file of a model folder."
     if not file.exists():
@@ -74,7 +75,7 @@ def _read_json(file: Path) -> dict:
     except ValueError as error:
         raise InputError(f"{file} is not JSON ({error}); copy or train the model again.") from error
 
-# %% ../nbs/13_models.ipynb #9612b49a
+# %% ../nbs/13_models.ipynb #b8be1061
 def load_model(folder,                 # a folder that `save_model` wrote
                device=None,            # where to; None: a GPU if there is one
                kind: str|None = None   # refuse another: `MaskedAutoencoder` or `RedshiftNetwork`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'read_fits_stamps', 'as_stamps', 'square_views', 'predict', 'table_format', 'write_predictions', 'embed']
 
-# %% ../nbs/40_predict.ipynb #101ae47a
+# %% ../nbs/40_predict.ipynb #f30a4e89
 import warnings
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from astropy.table import Table
 from tqdm.auto import tqdm
 
 from .batches import centre_crop
-from .dataset import StampSet
+from .dataset import StampSet, house_catalogue
 from .errors import InputError, select_device, write_aside
 from .models import Preprocessing, check_bands, load_model
 
-# %% ../nbs/40_predict.ipynb #bc0e5808
+# %% ../nbs/40_predict.ipynb #280d20ef
 def read_fits_stamps(file) -> tuple: # images (N, bands, H, W) float32, and the catalogue or None
     "Stamps and, where there is one, their catalogue from a FITS file."
     file = Path(file)
@@ -33,9 +33,12 @@ def read_fits_stamps(file) -> tuple: # images (N, bands, H, W) float32, and the 
     if images is None or images.ndim not in (3, 4):
         raise InputError(f"{file} holds no cube of stamps (bands, y, x) or (N, bands, y, x); "
                          "write the stamps as the first image of the file.")
-    return np.atleast_3d(images).reshape(-1, *images.shape[-3:]).astype(np.float32), table
+    images = images.reshape(-1, *images.shape[-3:]).astype(np.float32)
+    if table is None: return images, None
+    catalogue, filled = house_catalogue(table, len(images), where=f"the table in {file}")
+    return images, catalogue[[name for name in catalogue.colnames if name not in filled]]
 
-# %% ../nbs/40_predict.ipynb #2efea5c5
+# %% ../nbs/40_predict.ipynb #b3f86f2e
 def as_stamps(stamps, preprocessing: Preprocessing) -> tuple: # images, and the catalogue or None
     "Images and catalogue of a `StampSet`, the path of one, the path of a FITS file, or an array."
     if isinstance(stamps, (str, Path)):
@@ -45,7 +48,16 @@ def as_stamps(stamps, preprocessing: Preprocessing) -> tuple: # images, and the 
         return stamps.images, stamps.catalogue
     return stamps if isinstance(stamps, tuple) else (np.asarray(stamps), None)
 
-# %% ../nbs/40_predict.ipynb #697946b8
+def _rows(rows, n: int) -> np.ndarray: # row numbers
+    "Row numbers from row numbers, a mask, or None for all; refused if there are none of these rows."
+    if rows is None: return np.arange(n)
+    rows = np.atleast_1d(rows)
+    if rows.dtype == bool and len(rows) == n: rows = np.flatnonzero(rows)
+    if rows.dtype.kind not in "iu" or not len(rows) or rows.min() < 0 or rows.max() >= n:
+        raise InputError(f"rows must be one or more row numbers from 0 to {n - 1}; choose among these.")
+    return rows
+
+# %% ../nbs/40_predict.ipynb #ca22d943
 def _magnitudes(catalogue: Table|None, bands: tuple) -> np.ndarray: # (N, bands) float32
     "The dereddened magnitudes that a catalogue gives."
     columns = [f"mag_{band}" for band in bands]
@@ -67,7 +79,7 @@ def _check_images(images: np.ndarray, preprocessing: Preprocessing):
         raise InputError(f"the stamps are {images.shape[3]} x {images.shape[2]} pixels, smaller "
                          f"than the model's crop of {size}; cut larger stamps.")
 
-# %% ../nbs/40_predict.ipynb #7a88e066
+# %% ../nbs/40_predict.ipynb #7dd7f4f0
 def square_views(images: torch.Tensor, # (B, bands, H, W), the galaxy on pixel (H // 2, W // 2)
                  size: int,            # pixels along a side of a view
                  n: int = 8):          # how many of the eight
@@ -79,7 +91,7 @@ def square_views(images: torch.Tensor, # (B, bands, H, W), the galaxy on pixel (
         turned = torch.rot90(square, view % 4, dims=(2, 3))
         yield (turned.flip(3) if view >= 4 else turned)[..., :size, :size]
 
-# %% ../nbs/40_predict.ipynb #e79454bf
+# %% ../nbs/40_predict.ipynb #3ee9fe61
 def _batches(images: np.ndarray, rows: np.ndarray, batch_size: int, progress: bool):
     "Yield (position in `rows`, float32 tensor of stamps) in order, refusing non-finite pixels."
     starts = range(0, len(rows), batch_size)
@@ -92,7 +104,7 @@ def _batches(images: np.ndarray, rows: np.ndarray, batch_size: int, progress: bo
                              "pixels; mend these stamps or leave the rows out.")
         yield slice(start, start + len(part)), batch
 
-# %% ../nbs/40_predict.ipynb #ef47e847
+# %% ../nbs/40_predict.ipynb #949ed656
 def _check_magnitudes(magnitudes: np.ndarray, rows: np.ndarray, images: np.ndarray):
     "Refuse magnitudes of another length, or not finite where they are needed."
     if magnitudes.shape[0] != len(images):
@@ -112,7 +124,7 @@ def _prediction_table(catalogue: Table|None, rows: np.ndarray, z_phot: np.ndarra
     table["z_phot"] = z_phot
     return table
 
-# %% ../nbs/40_predict.ipynb #95cb180d
+# %% ../nbs/40_predict.ipynb #83fc1ebe
 def _open_model(model, kind: str|None, device) -> tuple:
     "A model folder, a (model, preprocessing) pair or a `Trained` as (model, preprocessing)."
     if isinstance(model, (str, Path)): return load_model(model, device, kind)
@@ -128,11 +140,12 @@ def predict(model,                          # folder of a saved model, or (model
             device: str|None = None,        # None: a GPU if there is one
             progress: bool = False) -> Table: # `objid`, position and redshift if known, `z_phot`
     "Predict the redshifts of galaxies."
+    if not 1 <= views <= 8: raise InputError(f"views is {views}; choose from 1 to 8.")
     device = select_device(device)
     network, preprocessing = _open_model(model, "RedshiftNetwork", device)
     images, catalogue = as_stamps(stamps, preprocessing)
     _check_images(images, preprocessing)
-    rows = np.arange(len(images)) if rows is None else np.asarray(rows)
+    rows = _rows(rows, len(images))
     mags = np.zeros((len(images), len(preprocessing.bands)), dtype=np.float32)
     if network.config.magnitude:
         mags = (_magnitudes(catalogue, preprocessing.bands) if magnitudes is None
@@ -147,7 +160,7 @@ def predict(model,                          # folder of a saved model, or (model
         z_phot[where] = torch.stack(predicted).mean(0).cpu()
     return _prediction_table(catalogue, rows, z_phot)
 
-# %% ../nbs/40_predict.ipynb #4445ad1a
+# %% ../nbs/40_predict.ipynb #e4d14539
 FORMATS = {".fits": "fits", ".csv": "ascii.csv", ".ecsv": "ascii.ecsv"}
 
 def table_format(file) -> str: # as astropy calls it
@@ -160,7 +173,7 @@ def write_predictions(table: Table, file): # .fits, .csv or .ecsv
     "Write a table of predictions."
     with write_aside(file) as new: table.write(new, format=table_format(file))
 
-# %% ../nbs/40_predict.ipynb #eb433eaa
+# %% ../nbs/40_predict.ipynb #fbfb952f
 @torch.no_grad()
 def embed(model,                          # folder of a saved model with an encoder, or a pair
           stamps,                         # `StampSet`, its folder, a FITS file, or (N, bands, H, W)
@@ -173,7 +186,7 @@ def embed(model,                          # folder of a saved model with an enco
     network, preprocessing = _open_model(model, None, device)
     images, _ = as_stamps(stamps, preprocessing)
     _check_images(images, preprocessing)
-    rows = np.arange(len(images)) if rows is None else np.asarray(rows)
+    rows = _rows(rows, len(images))
     return np.concatenate([
         network.embed(centre_crop(preprocessing.images(batch), preprocessing.size).to(device)).cpu()
         for _, batch in _batches(images, rows, batch_size, progress)])

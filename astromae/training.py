@@ -9,7 +9,7 @@ __all__ = ['PRETRAIN_PRESETS', 'FINETUNE_PRESETS', 'LOSSES', 'Trained', 'Pretrai
            'claim_run', 'make_learner', 'train_phase', 'autoencoder_loss', 'load_trained', 'pretrain', 'redshift_scale',
            'match_encoder', 'weights_digest', 'finetune']
 
-# %% ../nbs/21_training.ipynb #3a070466
+# %% ../nbs/21_training.ipynb #483485f4
 import hashlib, json, time
 from collections import namedtuple
 from contextlib import closing
@@ -43,7 +43,7 @@ from .models import Preprocessing, check_bands, load_model, save_model
 from .redshift import RedshiftConfig, RedshiftNetwork, transfer_encoder
 from .schedules import decaying_restarts, warmup_cosine
 
-# %% ../nbs/21_training.ipynb #e1cba377
+# %% ../nbs/21_training.ipynb #3511e86d
 @dataclass(frozen=True)
 class PretrainSettings:
     "How the masked autoencoder is trained; the defaults are the paper's."
@@ -57,10 +57,10 @@ class PretrainSettings:
     flip: bool = True                    # horizontally and vertically, half of the time each
     interpolation: str = "nearest"       # of turned pixels: nearest, bilinear, bicubic [ours]
     normalisation: str = "none"          # of the pixels: none (the paper), standard, arcsinh
-    checkpoint_every: int = 10           # epochs [our decision]
+    checkpoint_every: int = 10           # epochs [ours]
     seed: int = 42
 
-# %% ../nbs/21_training.ipynb #cbbfce08
+# %% ../nbs/21_training.ipynb #ae486f0b
 @dataclass(frozen=True)
 class FinetuneSettings:
     "How the redshift network is trained; the defaults are the paper's."
@@ -75,15 +75,15 @@ class FinetuneSettings:
     flip: bool = True                    # horizontally and vertically, half of the time each
     interpolation: str = "nearest"       # of turned pixels: nearest, bilinear, bicubic [ours]
     noise: float = 0.05                  # standard deviation, in the unit that the network sees
-    loss: str = "mse"                    # a name in `LOSSES` [our decision: the paper does not say]
+    loss: str = "mse"                    # a name in `LOSSES` [ours]
     normalisation: str = "none"          # of the pixels, where no pretrained encoder sets it
     magnitude_normalisation: str = "none" # none (the paper) or standard
-    scale_redshift: bool = False         # let the network predict (z - mean) / std [our option]
-    whole_image_statistics: bool = False # of the frozen BatchNorm layers [our option, see below]
-    checkpoint_every: int = 10           # epochs [our decision]
+    scale_redshift: bool = False         # let the network predict (z - mean) / std [ours]
+    whole_image_statistics: bool = False # of the frozen BatchNorm layers [ours, see below]
+    checkpoint_every: int = 10           # epochs [ours]
     seed: int = 42
 
-# %% ../nbs/21_training.ipynb #20638e12
+# %% ../nbs/21_training.ipynb #b5f4fadd
 PRETRAIN_PRESETS = {
     "paper": PretrainSettings(),
     "demo": PretrainSettings(epochs=5, batch_size=128, peak_rate=1e-3, warmup_epochs=1,
@@ -96,14 +96,14 @@ FINETUNE_PRESETS = {
                              scale_redshift=True, whole_image_statistics=True),
 }
 
-# %% ../nbs/21_training.ipynb #ae51171b
+# %% ../nbs/21_training.ipynb #76a4e5da
 def schedule_of(settings: PretrainSettings|FinetuneSettings): # a function of the fraction done
     "The learning-rate schedule that a phase's settings describe."
     if isinstance(settings, PretrainSettings):
         return warmup_cosine(settings.epochs, settings.warmup_epochs, settings.peak_rate)
     return decaying_restarts(settings.epochs, settings.rate, settings.cycle, settings.decay)
 
-# %% ../nbs/21_training.ipynb #60083d53
+# %% ../nbs/21_training.ipynb #c88148e3
 def normalised_absolute_error(prediction: torch.Tensor, # (B,) predicted redshift
                               z_spec: torch.Tensor      # (B,) spectroscopic redshift
                              ) -> torch.Tensor:         # scalar
@@ -112,7 +112,7 @@ def normalised_absolute_error(prediction: torch.Tensor, # (B,) predicted redshif
 
 LOSSES = {"mse": F.mse_loss, "absolute": F.l1_loss, "normalised": normalised_absolute_error}
 
-# %% ../nbs/21_training.ipynb #3dd20dfd
+# %% ../nbs/21_training.ipynb #13f77773
 class SeedEpoch(Callback):
     "Make every epoch draw the same random numbers in every run with the same seed."
     order = -20
@@ -125,7 +125,7 @@ class SeedEpoch(Callback):
         self._seed(self.epoch + 1)
     def before_validate(self): self._seed(0)
 
-# %% ../nbs/21_training.ipynb #2e009999
+# %% ../nbs/21_training.ipynb #217057fb
 class ImageRate(Callback):
     "One progress bar for the whole phase: images, their rate, and the loss."
     order = 60
@@ -144,7 +144,7 @@ class ImageRate(Callback):
         "Take the bar away, also when the training was broken off."
         if hasattr(self, "bar"): self.bar.close()
 
-# %% ../nbs/21_training.ipynb #f3acebfd
+# %% ../nbs/21_training.ipynb #c3277097
 class History(Callback):
     "Write the losses, the learning rate and the time of every epoch to a CSV file."
     order = 61
@@ -161,7 +161,7 @@ class History(Callback):
                           "rate": self.opt.hypers[-1]["lr"], "seconds": time.time() - self.begun})
         with write_aside(self.file) as new: pd.DataFrame(self.rows).to_csv(new, index=False)
 
-# %% ../nbs/21_training.ipynb #d2297dec
+# %% ../nbs/21_training.ipynb #67169029
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict: # name -> tensor
     "The state of an optimizer as a flat dictionary of tensors."
     state = optimizer.state_dict()["state"]
@@ -178,7 +178,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, # with the parameters of
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-# %% ../nbs/21_training.ipynb #6a1135a4
+# %% ../nbs/21_training.ipynb #192ffae3
 class Checkpoint(Callback):
     "Write weights, optimizer and the number of finished epochs, every few epochs."
     order = 65
@@ -202,7 +202,7 @@ def load_checkpoint(folder: Path, learner: Learner) -> int: # epochs that are fi
     restore_optimizer(learner.opt.opt, load_file(folder/"optimizer.safetensors"))
     return json.loads((folder/"checkpoint.json").read_text())["finished_epochs"]
 
-# %% ../nbs/21_training.ipynb #17de14d0
+# %% ../nbs/21_training.ipynb #5a9c21e9
 def process_device(name: str|None = None) -> torch.device: # None: this process's GPU, else the CPU
     "The device of this process: with several processes and GPUs, each has its own."
     return PartialState().device if name is None and num_distrib() else select_device(name)
@@ -211,7 +211,7 @@ def rank_and_world() -> tuple: # this process's number, and how many there are
     "Which process this is, of how many."
     return rank_distrib(), max(num_distrib(), 1)
 
-# %% ../nbs/21_training.ipynb #15ede52d
+# %% ../nbs/21_training.ipynb #a59b68c1
 def _digest(rows: np.ndarray) -> str:
     "A short fingerprint of an array of row numbers."
     return hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64)).hexdigest()[:16]
@@ -222,7 +222,7 @@ def describe_data(stamps: StampSet, train_rows: np.ndarray, valid_rows: np.ndarr
             "train_rows": [len(train_rows), _digest(train_rows)],
             "valid_rows": [len(valid_rows), _digest(valid_rows)]}
 
-# %% ../nbs/21_training.ipynb #11c6305b
+# %% ../nbs/21_training.ipynb #bdadfacf
 def _differences(old: dict, new: dict, prefix: str = "") -> list:
     "Names and values that two nested dictionaries do not share."
     found = []
@@ -249,7 +249,7 @@ def claim_run(folder: Path, description: dict):
     with write_aside(folder/"run.json") as new:
         new.write_text(json.dumps(description, indent=2) + "\n")
 
-# %% ../nbs/21_training.ipynb #bc6587cb
+# %% ../nbs/21_training.ipynb #64ae9ca1
 def make_learner(model, loaders, loss, settings) -> Learner:
     "A fastai `Learner` with the paper's AdamW and no callbacks but the recorder."
     adamw = partial(OptimWrapper, opt=torch.optim.AdamW, betas=settings.betas, fused=True)
@@ -260,7 +260,7 @@ def make_learner(model, loaders, loss, settings) -> Learner:
     learner.logger = lambda *args: None
     return learner
 
-# %% ../nbs/21_training.ipynb #66bbf1d8
+# %% ../nbs/21_training.ipynb #d89ac8e3
 def train_phase(model,            # on the device
                 loaders,          # training and validation `BatchLoader`
                 loss,             # of (prediction, target)
@@ -281,7 +281,7 @@ def train_phase(model,            # on the device
         with learner.distrib_ctx(sync_bn=loaders[0].device.type == "cuda"), closing(bar):
             learner.fit(settings.epochs, cbs=[*callbacks, *cbs], start_epoch=start)
 
-# %% ../nbs/21_training.ipynb #5c81e38b
+# %% ../nbs/21_training.ipynb #710850d1
 def autoencoder_loss(output, images):
     "The loss that a `MaskedAutoencoder` returns first; the images are its own target."
     return output[0]
@@ -299,7 +299,7 @@ def _finish(folder: Path, model, preprocessing: Preprocessing) -> Trained:
     distrib_barrier()
     return load_trained(folder)
 
-# %% ../nbs/21_training.ipynb #55de61bf
+# %% ../nbs/21_training.ipynb #a549cd78
 def pretrain(stamps: StampSet,                  # images; redshifts are not looked at
              rows: np.ndarray,                  # row numbers to train on
              watch_rows: np.ndarray,            # row numbers to watch the loss on
@@ -315,6 +315,7 @@ def pretrain(stamps: StampSet,                  # images; redshifts are not look
     description = {"phase": "pretrain", "model": asdict(model), "settings": asdict(settings),
                    "data": describe_data(stamps, rows, watch_rows)}
     check_run(folder, description)
+    schedule_of(settings) # refuses epochs that make no schedule
     if (folder/"model").exists(): return load_trained(folder)
     images = fit_normalisation(stamps, rows, settings.normalisation)
     preprocessing = Preprocessing(stamps.bands, stamps.pixel_scale, stamps.unit, model.image_size,
@@ -333,13 +334,13 @@ def pretrain(stamps: StampSet,                  # images; redshifts are not look
                 progress, cbs)
     return _finish(folder, autoencoder, preprocessing)
 
-# %% ../nbs/21_training.ipynb #fa9fa09c
+# %% ../nbs/21_training.ipynb #99abecb9
 def redshift_scale(stamps: StampSet, rows: np.ndarray) -> dict: # fields of a `RedshiftConfig`
     "Mean and standard deviation of the redshifts of the training rows."
     z_spec = stamps.redshifts()[rows]
     return {"redshift_mean": float(z_spec.mean()), "redshift_std": float(z_spec.std())}
 
-# %% ../nbs/21_training.ipynb #a3aed4e0
+# %% ../nbs/21_training.ipynb #94685ddb
 def match_encoder(network: RedshiftConfig,       # an architecture
                   autoencoder: MAEConfig         # that of the pretrained weights
                  ) -> RedshiftConfig:            # the same, with the autoencoder's sizes
@@ -347,7 +348,7 @@ def match_encoder(network: RedshiftConfig,       # an architecture
     sizes = {field.name: getattr(autoencoder, field.name) for field in fields(EncoderConfig)}
     return replace(network, **{**sizes, "encoder": network.encoder})
 
-# %% ../nbs/21_training.ipynb #ad6b7839
+# %% ../nbs/21_training.ipynb #8125b8e9
 def _check_labels(stamps: StampSet, rows: np.ndarray, part: str):
     "Refuse rows without a spectroscopic redshift."
     missing = rows[~stamps.labelled[rows]]
@@ -356,7 +357,7 @@ def _check_labels(stamps: StampSet, rows: np.ndarray, part: str):
                          f"{len(rows)} {part} rows (the first is row {missing[0]}); "
                          "fine-tune on labelled galaxies only.")
 
-# %% ../nbs/21_training.ipynb #9f8bac66
+# %% ../nbs/21_training.ipynb #631df78f
 def weights_digest(model: torch.nn.Module) -> str: # sixteen hexadecimal digits
     "A short fingerprint of all weights of a model."
     digest = hashlib.sha256()
@@ -365,7 +366,7 @@ def weights_digest(model: torch.nn.Module) -> str: # sixteen hexadecimal digits
         digest.update(tensor.detach().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/21_training.ipynb #5656c1eb
+# %% ../nbs/21_training.ipynb #f794047e
 def finetune(stamps: StampSet,                  # images, magnitudes, redshifts
              rows: np.ndarray,                  # row numbers to train on
              valid_rows: np.ndarray,            # row numbers to watch the loss on
@@ -395,6 +396,7 @@ def finetune(stamps: StampSet,                  # images, magnitudes, redshifts
                    "data": describe_data(stamps, rows, valid_rows),
                    "pretrained": autoencoder and weights_digest(autoencoder.model)}
     check_run(folder, description)
+    schedule_of(settings) # refuses epochs that make no schedule
     if (folder/"model").exists(): return load_trained(folder)
     images = (autoencoder.preprocessing.images if autoencoder
               else fit_normalisation(stamps, rows, settings.normalisation))
