@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['centre_crop', 'Normalisation', 'edge_noise', 'fit_normalisation', 'reach', 'turn', 'augment', 'BatchLoader']
 
-# %% ../nbs/04_batches.ipynb #2b8c2db0
+# %% ../nbs/04_batches.ipynb #25f8ff2d
 import copy
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from torch.nn import functional
 from .dataset import StampSet
 from .errors import InputError, select_device
 
-# %% ../nbs/04_batches.ipynb #b676c2b3
+# %% ../nbs/04_batches.ipynb #f623aabb
 def centre_crop(images,    # (..., H, W) tensor or array
                 size: int  # side of the crop, pixels
                ):          # (..., size, size), a view; the galaxy's pixel is (size//2, size//2)
@@ -32,7 +32,7 @@ def centre_crop(images,    # (..., H, W) tensor or array
     y, x = height//2 - size//2, width//2 - size//2
     return images[..., y:y + size, x:x + size]
 
-# %% ../nbs/04_batches.ipynb #6d3e4c53
+# %% ../nbs/04_batches.ipynb #c7f622b2
 @dataclass(frozen=True)
 class Normalisation:
     "What is done to each band before the network sees it; works on (B, bands, ...) tensors."
@@ -69,7 +69,7 @@ def _arcsinh(x: torch.Tensor) -> torch.Tensor:
     y = x*x
     return y.add_(1).sqrt_().add_(x.abs()).log_().copysign_(x)
 
-# %% ../nbs/04_batches.ipynb #114fe0be
+# %% ../nbs/04_batches.ipynb #c65459d9
 def edge_noise(images: torch.Tensor, # (n, bands, H, W)
                width: int = 4        # of the edge, pixels
               ) -> torch.Tensor:     # (bands,) in the unit of the pixels
@@ -79,7 +79,7 @@ def edge_noise(images: torch.Tensor, # (n, bands, H, W)
     edge = images[:, :, ~inside].transpose(0, 1).flatten(1)
     return 1.4826*(edge - edge.median(1, keepdim=True).values).abs().median(1).values
 
-# %% ../nbs/04_batches.ipynb #5fc4777b
+# %% ../nbs/04_batches.ipynb #bc19015e
 def _refuse_not_finite(values: torch.Tensor, rows, what: str):
     "Name the rows whose values are not all finite."
     if torch.isfinite(values.sum()): return
@@ -89,7 +89,7 @@ def _refuse_not_finite(values: torch.Tensor, rows, what: str):
     raise InputError(f"{len(bad)} of {len(good):,} galaxies have no finite {what}, first in the "
                      f"rows {', '.join(map(str, bad[:5]))}; mend them or leave them out.")
 
-# %% ../nbs/04_batches.ipynb #11d40570
+# %% ../nbs/04_batches.ipynb #0b6a2cd7
 def fit_normalisation(data,                 # `StampSet`, images (N, B, H, W), magnitudes (N, B)
                       indices,              # rows of the training part
                       kind: str,            # `none`, `standard` or `arcsinh`
@@ -123,7 +123,7 @@ def fit_normalisation(data,                 # `StampSet`, images (N, B, H, W), m
         "mend them or leave them out.")
     return Normalisation(kind, mean.tolist(), std.tolist(), softening)
 
-# %% ../nbs/04_batches.ipynb #114d0287
+# %% ../nbs/04_batches.ipynb #8210dd45
 def reach(size: int,           # side of the image, pixels
           max_rotation: float, # largest angle, degrees
           flip: bool = True    # will images be flipped?
@@ -133,7 +133,7 @@ def reach(size: int,           # side of the image, pixels
     if angle == 0: return size + 2*flip
     return 2*int(np.ceil(size/2*(np.cos(angle) + np.sin(angle)))) + 2
 
-# %% ../nbs/04_batches.ipynb #50861a6b
+# %% ../nbs/04_batches.ipynb #98b494b3
 def turn(images: torch.Tensor,    # (B, bands, H, W) stamps
          angles: torch.Tensor,    # (B,) counter-clockwise with y downwards, degrees
          flips: torch.Tensor,     # (B, 2) -1 where x, y are to be flipped, else 1
@@ -151,7 +151,7 @@ def turn(images: torch.Tensor,    # (B, bands, H, W) stamps
     grid = functional.affine_grid(theta, shape, align_corners=False)
     return functional.grid_sample(images, grid, interpolation, "reflection", align_corners=False)
 
-# %% ../nbs/04_batches.ipynb #06ab6b81
+# %% ../nbs/04_batches.ipynb #a31f894f
 def augment(images: torch.Tensor,          # (B, bands, H, W) normalised stamps
             size: int = 32,                # side of the result, pixels
             max_rotation: float = 45.,     # angles are uniform between minus this and this, degrees
@@ -168,7 +168,7 @@ def augment(images: torch.Tensor,          # (B, bands, H, W) normalised stamps
     else: images = centre_crop(images, size)
     return images + noise*torch.randn(images.shape, **where) if noise else images
 
-# %% ../nbs/04_batches.ipynb #1eef21dd
+# %% ../nbs/04_batches.ipynb #a1308e3c
 def _gather(stamps: np.ndarray, # (N, bands, H, W), memory-mapped
             rows: np.ndarray,   # (B,) rows wanted, in any order
             size: int           # of the central part, pixels
@@ -181,7 +181,7 @@ def _gather(stamps: np.ndarray, # (N, bands, H, W), memory-mapped
     gathered[order] = stamps[rows[order], :, y:y + size, x:x + size]
     return torch.from_numpy(gathered)
 
-# %% ../nbs/04_batches.ipynb #2b79540f
+# %% ../nbs/04_batches.ipynb #226a14fc
 class BatchLoader(DistributedDL):
     "Batches of a stamp set's rows, normalised and, in training, shuffled and augmented."
     def __init__(self,
@@ -216,7 +216,7 @@ class BatchLoader(DistributedDL):
         self._load_labels(magnitude_normalisation)
         self._load_stamps(select_device(device))
 
-# %% ../nbs/04_batches.ipynb #dad23111
+# %% ../nbs/04_batches.ipynb #5c54a007
 @patch
 def _checked(self: BatchLoader, indices) -> np.ndarray:
     "Rows as an array; `InputError` if they or the settings make no sense."
@@ -245,7 +245,7 @@ def _window(self: BatchLoader) -> int:
     centre_crop(np.empty(self.dataset.images.shape[-2:], bool), window)
     return window
 
-# %% ../nbs/04_batches.ipynb #367a64df
+# %% ../nbs/04_batches.ipynb #f32dbe06
 @patch
 def _load_labels(self: BatchLoader, normalisation: Normalisation):
     "Put normalised magnitudes and redshifts on the device, for targets `redshift`."
@@ -279,7 +279,7 @@ def to(self: BatchLoader, device):
     self._labels = tuple(values.to(device) for values in self._labels)
     if self.in_memory: self._stamps = self._stamps.to(device)
 
-# %% ../nbs/04_batches.ipynb #8a2acaf6
+# %% ../nbs/04_batches.ipynb #43d03b81
 @patch
 def get_idxs(self: BatchLoader) -> np.ndarray:
     "Positions in `indices`, in the order of this epoch: this process's share."
@@ -303,7 +303,7 @@ def set_epoch(self: BatchLoader, epoch: int): # counted from 0
     "Choose the order and the augmentation of the next epoch; a finished epoch moves on by one."
     self.epoch = epoch
 
-# %% ../nbs/04_batches.ipynb #5575f064
+# %% ../nbs/04_batches.ipynb #bdc71e6c
 @patch
 def _batch(self: BatchLoader, positions, generator) -> tuple[torch.Tensor, ...]:
     "One batch on the device."
@@ -328,7 +328,7 @@ def __iter__(self: BatchLoader):
     for k in range(len(self)): yield self._batch(positions[k*self.bs:(k + 1)*self.bs], generator)
     self.epoch += 1
 
-# %% ../nbs/04_batches.ipynb #4d89d565
+# %% ../nbs/04_batches.ipynb #7560d64c
 @patch
 def one_batch(self: BatchLoader) -> tuple[torch.Tensor, ...]:
     "The first batch of the current epoch."

@@ -7,33 +7,33 @@ __all__ = ['BANDS', 'PIXEL_SCALE', 'ZERO_POINT', 'SKY_NOISE', 'GAIN', 'PSF_FWHM'
            'PSF_SCATTER', 'PSF_CORRELATION', 'SKY_NOISE_SCATTER', 'ASINH_SOFTENING', 'EXTINCTION_PER_EBV',
            'flux_to_mag', 'mag_to_flux', 'flux_to_asinh_mag', 'asinh_mag_error']
 
-# %% ../nbs/00_survey.ipynb #23267c79
+# %% ../nbs/00_survey.ipynb #08ab799b
 import numpy as np
 
-# %% ../nbs/00_survey.ipynb #3d8371ec
+# %% ../nbs/00_survey.ipynb #419f5410
 BANDS = ("u", "g", "r", "i", "z")
 
-# %% ../nbs/00_survey.ipynb #7234c047
+# %% ../nbs/00_survey.ipynb #e136ef8e
 PIXEL_SCALE = 0.396  # arcsec per pixel
 ZERO_POINT = 22.5    # magnitude of one nanomaggy
 
-# %% ../nbs/00_survey.ipynb #382e82e5
+# %% ../nbs/00_survey.ipynb #b437a298
 SKY_NOISE = np.array([0.039, 0.0145, 0.028, 0.039, 0.148])  # nanomaggies per pixel
 
-# %% ../nbs/00_survey.ipynb #14a89a60
+# %% ../nbs/00_survey.ipynb #16360e19
 GAIN = np.array([177.7, 1102.8, 954.5, 735.6, 139.0])  # electrons per nanomaggy
 
-# %% ../nbs/00_survey.ipynb #0699dde6
+# %% ../nbs/00_survey.ipynb #583f4011
 PSF_FWHM = np.array([1.56, 1.40, 1.38, 1.31, 1.27])           # arcsec, SDSS's psf_width
 PSF_WING_HEIGHT = np.array([0.104, 0.100, 0.060, 0.060, 0.065])  # wide over narrow, at the centre
 PSF_WING_WIDTH = np.array([2.13, 2.22, 2.38, 2.46, 2.54])     # sigma, wide over narrow
 
-# %% ../nbs/00_survey.ipynb #498fdd06
+# %% ../nbs/00_survey.ipynb #cb7c3b89
 PSF_SCATTER = np.array([0.168, 0.150, 0.145, 0.122, 0.109])   # standard deviation of ln(width)
 PSF_CORRELATION = 0.73                                        # of ln(width) between two bands
 SKY_NOISE_SCATTER = np.array([0.088, 0.137, 0.095, 0.068, 0.061])  # standard deviation of ln(noise)
 
-# %% ../nbs/00_survey.ipynb #13f4b3ba
+# %% ../nbs/00_survey.ipynb #555b5284
 def flux_to_mag(flux  # nanomaggies
                ):     # magnitude; NaN where the flux is not positive
     "Pogson magnitude of a flux."
@@ -45,17 +45,17 @@ def mag_to_flux(mag   # Pogson magnitude
     "Flux of a Pogson magnitude."
     return 10**(0.4*(ZERO_POINT - np.asarray(mag)))
 
-# %% ../nbs/00_survey.ipynb #becf65d9
+# %% ../nbs/00_survey.ipynb #5fe665d6
 ASINH_SOFTENING = np.array([1.4, 0.9, 1.2, 1.8, 7.4])*1e-10  # b, in maggies
 
-# %% ../nbs/00_survey.ipynb #6ee7934d
+# %% ../nbs/00_survey.ipynb #9acfb47a
 def flux_to_asinh_mag(flux  # (..., 5) nanomaggies, bands last
                      ):     # (..., 5) asinh magnitude
     "SDSS's asinh magnitude of a flux: finite, also for a flux of zero or below."
     softness = 1e9*ASINH_SOFTENING
     return -2.5/np.log(10)*(np.arcsinh(np.asarray(flux)/(2*softness)) + np.log(ASINH_SOFTENING))
 
-# %% ../nbs/00_survey.ipynb #3ac12a41
+# %% ../nbs/00_survey.ipynb #25ce38a6
 def asinh_mag_error(flux,        # (..., 5) nanomaggies, bands last
                     flux_error   # (..., 5) its standard deviation, nanomaggies
                    ):            # (..., 5) magnitudes
@@ -63,5 +63,5 @@ def asinh_mag_error(flux,        # (..., 5) nanomaggies, bands last
     softness = 1e9*ASINH_SOFTENING
     return 2.5/np.log(10)*np.asarray(flux_error)/np.hypot(np.asarray(flux), 2*softness)
 
-# %% ../nbs/00_survey.ipynb #d42702f9
+# %% ../nbs/00_survey.ipynb #6af6661f
 EXTINCTION_PER_EBV = np.array([5.155, 3.793, 2.751, 2.086, 1.479])  # magnitudes per E(B-V)
