@@ -42,7 +42,7 @@ docs: env
 readme: env
 	@$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README nbs/index.ipynb
 	@sed -i -e '1i <!-- Written from nbs/index.ipynb by `make readme`: edit the notebook. -->\n' \
-	  -e '/^#| /d' -e 's|](images/|](nbs/images/|g' README.md
+	  -e '/^#| /d' -e 's#](\(images/\|tutorials/\|60_\)#](nbs/\1#g' README.md
 
 bench: env
 	@$(BIN)/astromae bench bench
