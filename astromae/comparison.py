@@ -7,7 +7,7 @@ __all__ = ['DEMO', 'ACCURACY', 'CLOSING', 'Comparison', 'render_stamps', 'folder
            'score', 'write_scores', 'format_scores', 'compare_two', 'verdict', 'save_figure', 'draw_reconstructions',
            'draw_losses', 'draw_rates', 'draw_figures', 'compare', 'finetune_and_score', 'run_demo']
 
-# %% ../nbs/50_comparison.ipynb #57a8bda0
+# %% ../nbs/50_comparison.ipynb #93f40397
 import json
 import math
 import re
@@ -24,7 +24,7 @@ from fastai.torch_core import rank_distrib
 from .baselines import BASELINES
 from .batches import centre_crop
 from .dataset import StampSet, write_stamp_set
-from .errors import write_aside
+from .errors import InputError, write_aside
 from .experiments import split_rows
 from .mae import MAEConfig, reconstruct
 from .metrics import evaluate, paired_bootstrap, sigma_mad
@@ -36,9 +36,10 @@ from .redshift import architecture
 from .schedules import rate_curve
 from .simulate import packaged_catalogue, simulate
 from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
-                               PretrainSettings, Trained, schedule_of, claim_run, finetune, pretrain)
+                               PretrainSettings, Trained, claim_run, finetune, pretrain,
+                               schedule_of)
 
-# %% ../nbs/50_comparison.ipynb #d29808f3
+# %% ../nbs/50_comparison.ipynb #e451069c
 @dataclass(frozen=True)
 class Comparison:
     "What is rendered, trained and compared."
@@ -53,22 +54,25 @@ class Comparison:
 
 DEMO = Comparison()
 
-# %% ../nbs/50_comparison.ipynb #a6871d14
+# %% ../nbs/50_comparison.ipynb #394e7e08
 ACCURACY = Comparison(
     experiment="accuracy", networks=("pcm-AstroMAE", "Henghes et al."), views=8,
     pretraining=replace(PRETRAIN_PRESETS["demo"], epochs=6, warmup_epochs=1),
     finetuning=replace(FINETUNE_PRESETS["demo"], epochs=20, cycle=20, rate=2e-3))
 
-# %% ../nbs/50_comparison.ipynb #0c1a9e8f
+# %% ../nbs/50_comparison.ipynb #2816a082
 def render_stamps(folder: Path, galaxies: int, seed: int, progress: bool) -> StampSet:
     "The packaged galaxies as a stamp set, rendered unless the folder has them already."
     if folder.exists(): return StampSet.open(folder)
-    catalogue = packaged_catalogue()[:galaxies]
+    catalogue = packaged_catalogue()
+    if not 1 <= galaxies <= len(catalogue):
+        raise InputError(f"galaxies is {galaxies}; choose a number from 1 to {len(catalogue):,}.")
+    catalogue = catalogue[:galaxies]
     chunks = simulate(catalogue, seed=seed, progress=progress)
     return write_stamp_set(folder, chunks, len(catalogue), dtype="float16",
                            origin="SDSS redshifts and colours are real, the pixels simulated")
 
-# %% ../nbs/50_comparison.ipynb #5713a70e
+# %% ../nbs/50_comparison.ipynb #850e7390
 def folder_name(name: str) -> str: # letters, digits and hyphens
     "The name of a network as the name of a folder."
     return re.sub(r"[^\w-]+", "-", name).strip("-")
@@ -93,7 +97,7 @@ def train_networks(folder: Path,        # of the comparison
             pretrained=autoencoder.folder if pretrained else None, title=name, **common)
     return autoencoder, networks
 
-# %% ../nbs/50_comparison.ipynb #d87da5bd
+# %% ../nbs/50_comparison.ipynb #878a3a57
 def predict_test_part(file: Path, stamps: StampSet, rows: dict, networks: dict,
                       settings: Comparison, device, progress: bool) -> Table:
     "The table of predictions, made unless it is there."
@@ -110,7 +114,7 @@ def predict_test_part(file: Path, stamps: StampSet, rows: dict, networks: dict,
     write_predictions(table, file)
     return table
 
-# %% ../nbs/50_comparison.ipynb #8161a5ed
+# %% ../nbs/50_comparison.ipynb #f46fd8b3
 def score(table: Table, names: Iterable) -> list: # one dictionary per name
     "Every metric of every column of predictions, with bootstrap errors."
     z_spec = np.asarray(table["z_spec"], dtype=float)
@@ -130,7 +134,7 @@ def format_scores(scores: list) -> str:
         lines.append(f"{row['name']:22}{row['n']:>6}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 
-# %% ../nbs/50_comparison.ipynb #d03075e5
+# %% ../nbs/50_comparison.ipynb #8c2bf35c
 def compare_two(table: Table, a: str, b: str) -> str:
     "One sentence on the sigma_mad of two columns of predictions."
     ratio = paired_bootstrap(table[a], table[b], table["z_spec"], "sigma_mad", how="ratio")
@@ -145,7 +149,7 @@ def verdict(table: Table, networks: tuple) -> str:
     mark = min(BASELINES, key=lambda name: sigma_mad(np.asarray(table[name]), z_spec))
     return "\n".join(compare_two(table, networks[0], name) for name in (mark, *networks[1:2]))
 
-# %% ../nbs/50_comparison.ipynb #07d69dd6
+# %% ../nbs/50_comparison.ipynb #f7c97220
 def save_figure(figure: plt.Figure, file: Path):
     "Write a figure as PNG and close it."
     with write_aside(file) as new: figure.savefig(new, format="png", dpi=130, bbox_inches="tight")
@@ -168,12 +172,12 @@ def draw_reconstructions(autoencoder: Trained, stamps: StampSet, rows: np.ndarra
         restored = preprocessing.images.inverse(reconstruct(model, seen, noise))
     return plot_reconstructions(images, mask, restored, n=n)
 
-# %% ../nbs/50_comparison.ipynb #a680e8e9
+# %% ../nbs/50_comparison.ipynb #28f5b802
 def draw_losses(runs: dict) -> plt.Figure: # name -> `Trained`
     "The losses of every run, two panels in a row."
     figure, axes = plt.subplots(math.ceil(len(runs)/2), 2, figsize=(9, 2.8*math.ceil(len(runs)/2)))
     for ax in axes.flat[len(runs):]: ax.axis("off")
-    for ax, (name, trained) in zip(axes.flat, runs.items()): plot_losses(trained.history, name, ax=ax)
+    for ax, (name, run) in zip(axes.flat, runs.items()): plot_losses(run.history, name, ax=ax)
     figure.tight_layout()
     return figure
 
@@ -186,7 +190,7 @@ def draw_rates(settings: Comparison) -> plt.Figure:
     figure.tight_layout()
     return figure
 
-# %% ../nbs/50_comparison.ipynb #81fe74df
+# %% ../nbs/50_comparison.ipynb #216f7647
 def draw_figures(folder: Path, stamps: StampSet, rows: dict, settings: Comparison,
                  autoencoder: Trained, networks: dict, predictions: Table):
     "Write every figure of a comparison into its folder."
@@ -201,7 +205,7 @@ def draw_figures(folder: Path, stamps: StampSet, rows: dict, settings: Compariso
     figures["losses"] = draw_losses({"pretraining": autoencoder, **networks})
     for name, figure in figures.items(): save_figure(figure, folder/f"{name}.png")
 
-# %% ../nbs/50_comparison.ipynb #a17207eb
+# %% ../nbs/50_comparison.ipynb #26f8e20a
 def compare(folder,                        # everything is written here; goes on where it stopped
             settings: Comparison = DEMO,
             stamps=None,                   # folder of a stamp set; None: rendered in it
@@ -223,9 +227,10 @@ def compare(folder,                        # everything is written here; goes on
     if not (folder/"model").exists(): save_model(folder/"model", best.model, best.preprocessing)
     return scores
 
-# %% ../nbs/50_comparison.ipynb #a6e0fc06
+# %% ../nbs/50_comparison.ipynb #642dc428
 def finetune_and_score(stamps, folder, network: str, settings: FinetuneSettings, experiment: str,
-                       pretrained=None, device: str|None = None, in_memory: bool = False) -> str|None:
+                       pretrained=None, device: str|None = None,
+                       in_memory: bool = False) -> str|None:
     "Train a named network, write its predictions, metrics and scatter plot; return the table."
     config = architecture(network)
     stamps, folder = StampSet.open(stamps), Path(folder)
@@ -241,7 +246,7 @@ def finetune_and_score(stamps, folder, network: str, settings: FinetuneSettings,
     save_figure(figure, folder/"scatter.png")
     return f"{format_scores(scores)}\nThe model, its predictions and its figure are in {folder}"
 
-# %% ../nbs/50_comparison.ipynb #e3fa4468
+# %% ../nbs/50_comparison.ipynb #6dd482d0
 CLOSING = """
 redshifts and colours are real SDSS, the pixels are simulated
 

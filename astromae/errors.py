@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['InputError', 'from_os_error', 'write_aside', 'select_device']
 
-# %% ../nbs/00_errors.ipynb #e697a806
+# %% ../nbs/00_errors.ipynb #edaac92f
 import os, shutil, tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-# %% ../nbs/00_errors.ipynb #b690d669
+# %% ../nbs/00_errors.ipynb #27c2872b
 class InputError(ValueError):
     "Something handed in is wrong: one sentence says what, where, and what to do."
     def __init__(self, sentence: str):
@@ -22,7 +22,7 @@ class InputError(ValueError):
 
     def __str__(self): return self.sentence
 
-# %% ../nbs/00_errors.ipynb #add03e08
+# %% ../nbs/00_errors.ipynb #f28a3d21
 _REMEDIES = {
     "PermissionError": "choose a folder that you may write to",
     "FileNotFoundError": "check the path",
@@ -37,7 +37,7 @@ def from_os_error(error: Exception,     # what the operating system said, or saf
     remedy = _REMEDIES.get(type(error).__name__, "free some space or choose another disk")
     return InputError(f"{doing} failed: {getattr(error, 'strerror', None) or error}; {remedy}.")
 
-# %% ../nbs/00_errors.ipynb #9c8140ad
+# %% ../nbs/00_errors.ipynb #3d662f9c
 def _remove(path: Path):
     "Remove a file or a folder, if it is there."
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
@@ -54,7 +54,7 @@ def _replace(new: Path, old: Path):
             os.replace(retired, old)
             raise
 
-# %% ../nbs/00_errors.ipynb #612d7a77
+# %% ../nbs/00_errors.ipynb #20a2c772
 @contextmanager
 def write_aside(path):  # file or folder to be written
     "Yield a path beside `path`; rename it to `path` if the block succeeds, else remove it."
@@ -68,8 +68,8 @@ def write_aside(path):  # file or folder to be written
     except (OSError, SafetensorError) as error:
         raise from_os_error(error, f"writing {path}") from error
 
-# %% ../nbs/00_errors.ipynb #031bfe15
-def select_device(name: str|torch.device|None = None # `cpu`, `cuda:1`, ...; None: a GPU if there is one
+# %% ../nbs/00_errors.ipynb #37689cd9
+def select_device(name: str|torch.device|None = None # `cpu`, `cuda:1`, ...; None: a GPU if any
                  ) -> torch.device:
     "The device called `name`, checked with one tiny tensor; `InputError` if it is not to be had."
     if name is None: name = "cuda" if torch.cuda.is_available() else "cpu"

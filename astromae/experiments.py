@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'Experiment', 'experiment_named', 'split_rows']
 
-# %% ../nbs/32_experiments.ipynb #d8932621
+# %% ../nbs/32_experiments.ipynb #420e0d3f
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from .dataset import EXPERIMENT_1, StampSet, split
 from .errors import InputError
 
-# %% ../nbs/32_experiments.ipynb #785c587b
+# %% ../nbs/32_experiments.ipynb #c325de9f
 @dataclass(frozen=True)
 class Experiment:
     "How a stamp set is cut into parts, and which of them pretraining sees."
@@ -22,7 +22,7 @@ class Experiment:
     watch: str           # the part on which the loss of pretraining is watched
     noise: float = 0.05  # of the augmentation in fine-tuning, as the network sees pixels
 
-# %% ../nbs/32_experiments.ipynb #79f5f4fc
+# %% ../nbs/32_experiments.ipynb #977117c8
 EXPERIMENTS = {
     "1": Experiment(EXPERIMENT_1, pretrain=("unlabelled",), watch="watch"),
     "2": Experiment({"train": 0.7, "valid": 0.1, "test": 0.2},
@@ -34,7 +34,7 @@ EXPERIMENTS = {
                            pretrain=("train",), watch="valid"),
 }
 
-# %% ../nbs/32_experiments.ipynb #27bc717f
+# %% ../nbs/32_experiments.ipynb #c219f94a
 def experiment_named(name: str # one of `EXPERIMENTS`
                     ) -> Experiment:
     "The experiment of a name; `InputError` lists the names there are."

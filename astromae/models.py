@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'Preprocessing', 'preprocessing_from_dict', 'check_bands', 'save_model', 'load_model']
 
-# %% ../nbs/13_models.ipynb #2f278d2f
+# %% ../nbs/13_models.ipynb #b2be60ca
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from .mae import MAEConfig, MaskedAutoencoder
 from .redshift import RedshiftConfig, RedshiftNetwork
 from .survey import BANDS, PIXEL_SCALE
 
-# %% ../nbs/13_models.ipynb #71d16925
+# %% ../nbs/13_models.ipynb #c408986c
 @dataclass(frozen=True)
 class Preprocessing:
     "What is done to a stamp and its magnitudes before a network sees them."
@@ -32,7 +32,7 @@ class Preprocessing:
     images: Normalisation = field(default_factory=Normalisation)      # of the pixels
     magnitudes: Normalisation = field(default_factory=Normalisation)  # of the magnitudes
 
-# %% ../nbs/13_models.ipynb #fdcd57ae
+# %% ../nbs/13_models.ipynb #43ed2911
 def _tuples(values: dict) -> dict:
     "The same dictionary with lists as tuples, as frozen dataclasses hold them."
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -42,17 +42,17 @@ def preprocessing_from_dict(values: dict) -> Preprocessing:
     parts = {k: Normalisation(**_tuples(values[k])) for k in ("images", "magnitudes")}
     return Preprocessing(**{**_tuples(values), **parts})
 
-# %% ../nbs/13_models.ipynb #0a859311
+# %% ../nbs/13_models.ipynb #6eaf2398
 def check_bands(stamps: StampSet,             # what is to be looked at
                 preprocessing: Preprocessing): # what the model was made for
     "Refuse a stamp set of other bands, another unit or another pixel scale."
     for name in ("bands", "unit", "pixel_scale"):
         theirs, ours = getattr(stamps, name), getattr(preprocessing, name)
         if theirs != ours:
-            raise InputError(f"{stamps.folder} has {name} {theirs}, but the model was made for {ours}; "
-                             "use stamps of the same kind.")
+            raise InputError(f"{stamps.folder} has {name} {theirs}, but the model was made for "
+                             f"{ours}; use stamps of the same kind.")
 
-# %% ../nbs/13_models.ipynb #bc899e9d
+# %% ../nbs/13_models.ipynb #85aae0fe
 MODELS = {"MaskedAutoencoder": (MaskedAutoencoder, MAEConfig),
           "RedshiftNetwork": (RedshiftNetwork, RedshiftConfig)}
 
@@ -66,7 +66,7 @@ def save_model(folder,                        # where to; a model that is there 
         description = {"model": type(model).__name__, **asdict(preprocessing)}
         (new/"preprocessing.json").write_text(json.dumps(description, indent=2) + "\n")
 
-# %% ../nbs/13_models.ipynb #de33e4d0
+# %% ../nbs/13_models.ipynb #6977c696
 def _read_json(file: Path) -> dict:
     "The dictionary in a JSON file of a model folder."
     if not file.exists():
@@ -75,7 +75,7 @@ def _read_json(file: Path) -> dict:
     except ValueError as error:
         raise InputError(f"{file} is not JSON ({error}); copy or train the model again.") from error
 
-# %% ../nbs/13_models.ipynb #b8be1061
+# %% ../nbs/13_models.ipynb #5068cedf
 def load_model(folder,                 # a folder that `save_model` wrote
                device=None,            # where to; None: a GPU if there is one
                kind: str|None = None   # refuse another: `MaskedAutoencoder` or `RedshiftNetwork`
