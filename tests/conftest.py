@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -20,3 +21,12 @@ def shared_data() -> Path:
     if not folder.exists():
         pytest.skip(f"no real SDSS data in {folder}; name its folder in ASTROMAE_DATA")
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    "One thread, so that sums come out the same bit for bit."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

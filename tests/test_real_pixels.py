@@ -20,12 +20,7 @@ MAE = MAEConfig(encoder="pcm", width=48, depth=2, decoder_width=48, decoder_dept
 TRAIN, WATCH = np.arange(90), np.arange(90, 114)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
