@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENT_1', 'required_columns', 'write_stamp_set', 'StampSet', 'split', 'house_catalogue', 'import_arrays',
-           'import_npz']
+           'import_npz', 'StampSource', 'write_source']
 
-# %% ../nbs/03_dataset.ipynb #f0190bcb
+# %% ../nbs/03_dataset.ipynb #275d9525
 import hashlib, io, json, warnings, zipfile, zlib
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from .errors import InputError, from_os_error, write_aside
 from .survey import BANDS, PIXEL_SCALE
 
-# %% ../nbs/03_dataset.ipynb #2215f030
+# %% ../nbs/03_dataset.ipynb #fff5260e
 def required_columns(bands: Iterable[str] = BANDS # names of the bands
                     ) -> list[str]:               # names of the columns
     "The columns without which a catalogue is refused."
@@ -47,7 +48,7 @@ def _check_catalogue(catalogue: Table, bands, where: str):
     if catalogue["objid"].dtype.kind not in "iu" or np.ma.is_masked(catalogue["objid"]):
         raise InputError(f"the column 'objid' of {where} must be whole numbers, one for every row.")
 
-# %% ../nbs/03_dataset.ipynb #b81b81a0
+# %% ../nbs/03_dataset.ipynb #50b4b51c
 def _tidy_catalogue(catalogue: Table, bands) -> Table:
     "The same catalogue with the house's types; other columns are shared, not copied."
     tidy = Table(catalogue, copy=False)
@@ -63,7 +64,7 @@ def _as_floats(values) -> np.ndarray:
     if not np.ma.is_masked(values): return np.asarray(values, float)
     return np.ma.filled(np.ma.asarray(values).astype(float), np.nan)
 
-# %% ../nbs/03_dataset.ipynb #9d82478e
+# %% ../nbs/03_dataset.ipynb #5d4c4ad1
 def _check_stamps(images: np.ndarray, # (k, B, H, W) stamps as they are to be stored
                   shape: tuple,       # what (B, H, W) must be
                   first: int,         # row of the first of them in the set
@@ -80,7 +81,7 @@ def _check_stamps(images: np.ndarray, # (k, B, H, W) stamps as they are to be st
         f"in {images.dtype}, and so have {len(bad) - 1} more of these {len(images)}; mend these "
         "stamps or leave them out.")
 
-# %% ../nbs/03_dataset.ipynb #0cc9e67a
+# %% ../nbs/03_dataset.ipynb #f13b7776
 class _HashedFile:
     "A new file whose SHA-256 is taken while it is written."
     def __init__(self, path): self.file, self.sha256 = open(path, "wb"), hashlib.sha256()
@@ -94,7 +95,7 @@ def _sha256(path) -> str:
     "SHA-256 of a file, which `sha256sum` prints too."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/03_dataset.ipynb #05d0f219
+# %% ../nbs/03_dataset.ipynb #8107a616
 def _write_images(path, chunks, n, n_bands, dtype, progress) -> tuple[tuple, str]:
     "Write pairs of stamps and their `objid` to one `.npy`; return its shape and SHA-256."
     shape, row = None, 0
@@ -132,7 +133,7 @@ def _with_objid(chunks, catalogue, tables, bands) -> Iterator:
         tables.append(table)
         yield images, table["objid"]
 
-# %% ../nbs/03_dataset.ipynb #8f3b0a5b
+# %% ../nbs/03_dataset.ipynb #df52e356
 def _check_destination(folder: Path, overwrite: bool):
     "Refuse a destination that holds something which may not be replaced."
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())): return
@@ -167,7 +168,7 @@ def _fits_bytes(some: Table, n: int) -> tuple[bytes, bytes]:
     header = "".join(hdu.header.tostring() for hdu in hdus).encode("ascii")
     return header, buffer.getbuffer()[start:start + size]
 
-# %% ../nbs/03_dataset.ipynb #688345d5
+# %% ../nbs/03_dataset.ipynb #86e3a3ed
 def write_stamp_set(
     folder,                         # where the set is to be
     chunks: Iterable,               # pairs of images (k, B, H, W) and `Table` of k rows
@@ -204,7 +205,7 @@ def write_stamp_set(
         (new/"description.json").write_text(json.dumps(description, indent=2) + "\n")
     return StampSet.open(folder)
 
-# %% ../nbs/03_dataset.ipynb #f2de0d34
+# %% ../nbs/03_dataset.ipynb #8a637b53
 class StampSet:
     "Galaxy stamps and their catalogue in one folder; pixels stay on disk until they are asked for."
     def __init__(self,
@@ -226,7 +227,7 @@ class StampSet:
                 f"in {''.join(self.bands)}, {self.labelled.sum():,} with redshift, "
                 f"{self.images.dtype})")
 
-# %% ../nbs/03_dataset.ipynb #230954ed
+# %% ../nbs/03_dataset.ipynb #07de542e
 @patch
 def magnitudes(self: StampSet) -> np.ndarray: # (N, B) float32, AB mag
     "Dereddened magnitudes in the order of the bands."
@@ -243,7 +244,7 @@ def labelled(self: StampSet) -> np.ndarray: # (N,) bool
     "True where a galaxy has a spectroscopic redshift."
     return np.isfinite(self.redshifts())
 
-# %% ../nbs/03_dataset.ipynb #08857fb6
+# %% ../nbs/03_dataset.ipynb #34acd7dd
 @contextmanager
 def _judging(path):
     "Say in one sentence whatever goes wrong when the file `path` of a stamp set is read."
@@ -282,7 +283,7 @@ def open(cls: StampSet, folder): # the folder of a stamp set
         _check_catalogue(catalogue, description["bands"], folder/"catalogue.fits")
         return cls(folder, images, catalogue, description)
 
-# %% ../nbs/03_dataset.ipynb #a148cdfd
+# %% ../nbs/03_dataset.ipynb #ef7aa8d5
 @patch
 def verify(self: StampSet) -> StampSet: # the set itself
     "Compare the files with their checksums; `InputError` names one that has changed."
@@ -291,7 +292,7 @@ def verify(self: StampSet) -> StampSet: # the set itself
             if _sha256(self.folder/name) != sha256: raise ValueError("its checksum is another")
     return self
 
-# %% ../nbs/03_dataset.ipynb #af817eb5
+# %% ../nbs/03_dataset.ipynb #6945e71f
 EXPERIMENT_1 = {"unlabelled": 0.8, "watch": 0.1, "train": 0.07, "valid": 0.01, "test": 0.02}
 
 def split(objid,                           # (N,) the galaxy that each row shows
@@ -313,7 +314,7 @@ def split(objid,                           # (N,) the galaxy that each row shows
             "them) would be empty; take more galaxies or a larger fraction.")
     return parts
 
-# %% ../nbs/03_dataset.ipynb #3812d355
+# %% ../nbs/03_dataset.ipynb #a080deeb
 def _known_names(names, bands) -> dict[str, str]:
     "Their name -> the house's name, for those of `names` that are simply called otherwise."
     known = [("objID", "objid"), ("specObjID", "objid"), ("z", "z_spec"), ("zErr", "z_err"),
@@ -328,7 +329,7 @@ def _known_names(names, bands) -> dict[str, str]:
         if theirs in names and not taken: renamed[theirs] = ours
     return renamed
 
-# %% ../nbs/03_dataset.ipynb #85b695c1
+# %% ../nbs/03_dataset.ipynb #8873f4b2
 def house_catalogue(catalogue,                    # `Table`, record array, DataFrame or dict
                     n: int,                       # number of stamps that it describes
                     bands: Iterable[str] = BANDS, # names of the bands
@@ -365,7 +366,7 @@ def _whole_numbers(values, where) -> np.ndarray:
     except (ValueError, TypeError, OverflowError) as error: raise InputError(
         f"the column 'objid' of {where} must be whole numbers, one for every row.") from error
 
-# %% ../nbs/03_dataset.ipynb #a199b67e
+# %% ../nbs/03_dataset.ipynb #ad215272
 def import_arrays(cube,                          # (N, H, W, B) stamps, or (N, B, H, W)
                   catalogue,                     # `Table`, record array, DataFrame or dict
                   folder,                        # where the set is to be
@@ -383,7 +384,7 @@ def import_arrays(cube,                          # (N, H, W, B) stamps, or (N, B
     return write_stamp_set(folder, blocks, len(cube), bands=bands, catalogue=catalogue,
                            filled=filled, **settings)
 
-# %% ../nbs/03_dataset.ipynb #2a772a68
+# %% ../nbs/03_dataset.ipynb #7a4bf688
 def _read_header(member) -> tuple[tuple, bool, np.dtype]:
     "Shape, Fortran order and type of an array from the start of its `.npy` stream."
     version = np.lib.format.read_magic(member)
@@ -405,7 +406,7 @@ def _read_blocks(member, shape, dtype, block) -> Iterator[np.ndarray]:
         yield rows
     if member.read(1): raise ValueError("it is longer than its header says")
 
-# %% ../nbs/03_dataset.ipynb #29157247
+# %% ../nbs/03_dataset.ipynb #502870c9
 @contextmanager
 def _reading(path):
     "Say in one sentence whatever goes wrong when the archive `path` is read."
@@ -424,7 +425,7 @@ def _check_cube(where, shape, fortran, dtype, bands):
     if fortran: raise InputError(f"{where} is in Fortran order, which cannot be streamed; save it "
                                  "with np.ascontiguousarray, or load it and use import_arrays.")
 
-# %% ../nbs/03_dataset.ipynb #92ad83fd
+# %% ../nbs/03_dataset.ipynb #dcfaacb9
 def import_npz(path,                          # an npz like `sdss.npz`
                folder,                        # where the set is to be
                dtype: str = "float32",        # of the pixels on disk, or `float16`
@@ -455,3 +456,30 @@ def import_npz(path,                          # an npz like `sdss.npz`
             return write_stamp_set(
                 folder, blocks, shape[0], bands=bands, dtype=dtype, catalogue=table, filled=filled,
                 origin=origin or path.name, **settings)
+
+# %% ../nbs/03_dataset.ipynb #8884e5f4
+@dataclass
+class StampSource:
+    "Stamps that somebody else keeps: their catalogue, and their pixels block after block."
+    catalogue: Table             # N rows, under the source's own names
+    shape: tuple                 # (N, B, H, W)
+    blocks: Callable             # first row -> iterator of arrays (k, B, H, W)
+    bands: tuple = BANDS         # names of the bands, in the blocks' order
+    unit: str = "nanomaggy/pixel" # of the pixels
+    pixel_scale: float = PIXEL_SCALE # arcsec per pixel
+    origin: str = "not said"     # where the stamps come from
+    fingerprint: dict = field(default_factory=dict) # path, size, time: what tells it from another
+
+def write_source(source: StampSource,     # what a reader found
+                 folder,                  # where the set is to be
+                 dtype: str = "float32",  # of the pixels on disk, or `float16`
+                 crop: int|None = None,   # side of the central part to keep, pixels
+                 where: str|None = None,  # a condition on the catalogue
+                 overwrite: bool = False, # replace a stamp set that is there?
+                 progress: bool = False   # show a bar?
+                ) -> StampSet:            # the set, opened
+    "Stream a source into a stamp set."
+    table, filled = house_catalogue(source.catalogue, source.shape[0], source.bands, source.origin)
+    return write_stamp_set(folder, source.blocks(0), source.shape[0], bands=source.bands, unit=source.unit,
+                           pixel_scale=source.pixel_scale, origin=source.origin, dtype=dtype,
+                           catalogue=table, filled=filled, overwrite=overwrite, progress=progress)
