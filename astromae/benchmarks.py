@@ -26,7 +26,7 @@ from torch import nn
 from .batches import BatchLoader, Normalisation, centre_crop
 from .comparison import ACCURACY, compare, render_stamps, save_figure
 from .dataset import StampSet
-from .errors import write_aside
+from .errors import write_json
 from .experiments import split_rows
 from .mae import MAEConfig, MaskedAutoencoder, patchify, reconstruct
 from .metrics import evaluate
@@ -197,7 +197,7 @@ def machine() -> dict:
 def record(entries: dict, file: Path):
     "Put entries into a JSON file, beside those that are there."
     known = json.loads(file.read_text()) if file.exists() else {}
-    with write_aside(file) as new: new.write_text(json.dumps({**known, **entries}, indent=2) + "\n")
+    write_json(file, {**known, **entries})
 
 # %% ../nbs/60_benchmarks.ipynb #181d4fa3
 def measure_speed(folder: Path) -> dict: # name -> figure

@@ -24,7 +24,7 @@ from fastai.torch_core import rank_distrib
 from .baselines import BASELINES
 from .batches import centre_crop
 from .dataset import StampSet, write_stamp_set
-from .errors import InputError, write_aside
+from .errors import InputError, write_aside, write_json
 from .experiments import split_rows
 from .mae import MAEConfig, reconstruct
 from .metrics import evaluate, paired_bootstrap, sigma_mad
@@ -123,7 +123,7 @@ def score(table: Table, names: Iterable) -> list: # one dictionary per name
 
 def write_scores(scores: list, file: Path):
     "Write the scores as a JSON list."
-    with write_aside(file) as new: new.write_text(json.dumps(scores, indent=2) + "\n")
+    write_json(file, scores)
 
 def format_scores(scores: list) -> str:
     "The scores as a table in plain text."

@@ -37,7 +37,7 @@ import astromae
 from .batches import BatchLoader, Normalisation, fit_normalisation
 from .blocks import decay_groups
 from .dataset import StampSet
-from .errors import InputError, select_device, write_aside
+from .errors import InputError, select_device, write_aside, write_json
 from .mae import EncoderConfig, MAEConfig, MaskedAutoencoder
 from .models import Preprocessing, check_bands, load_model, save_model
 from .redshift import RedshiftConfig, RedshiftNetwork, transfer_encoder
@@ -263,8 +263,7 @@ def claim_run(folder: Path, description: dict):
     "Write a run's description, or check that the folder belongs to the same run."
     check_run(folder, description)
     if (folder/"run.json").exists() or rank_distrib(): return
-    with write_aside(folder/"run.json") as new:
-        new.write_text(json.dumps(description, indent=2) + "\n")
+    write_json(folder/"run.json", description)
 
 # %% ../nbs/21_training.ipynb #425d9623
 def make_learner(model, loaders, loss, settings) -> Learner:
