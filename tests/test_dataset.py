@@ -274,8 +274,8 @@ def test_arrays_in_either_channel_order(tmp_path):
     np.testing.assert_array_equal(first.images, images)
     np.testing.assert_allclose(last.images, images, rtol=1e-3, atol=1e-6)
     refused("four axes", import_arrays, images[0], table, tmp_path/"flat")
-    refused("9 rows for 10", import_arrays, images, table[:9], tmp_path/"short")
-    refused("shape (8, 5, 8) and not (5, 5, 8)", import_arrays, images, table, tmp_path/"wrong")
+    refused("9 rows for 10", import_arrays, images, table[:9], tmp_path/"short", channels_last=False)
+    refused("the shape (10, 8, 5, 8) where (N, 5,", import_arrays, images, table, tmp_path/"wrong")
 
 
 @pytest.mark.parametrize("compress, big_endian", [(False, False), (True, False), (False, True)])
