@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'Experiment', 'experiment_named', 'split_rows']
 
-# %% ../nbs/32_experiments.ipynb #420e0d3f
+# %% ../nbs/32_experiments.ipynb #5fa36550
 from dataclasses import dataclass
 
 import numpy as np
 
-from .dataset import EXPERIMENT_1, StampSet, split
+from .catalogue import EXPERIMENT_1, split
+from .dataset import StampSet
 from .errors import InputError
 
-# %% ../nbs/32_experiments.ipynb #c325de9f
+# %% ../nbs/32_experiments.ipynb #5997667f
 @dataclass(frozen=True)
 class Experiment:
     "How a stamp set is cut into parts, and which of them pretraining sees."
@@ -22,7 +23,7 @@ class Experiment:
     watch: str           # the part on which the loss of pretraining is watched
     noise: float = 0.05  # of the augmentation in fine-tuning, as the network sees pixels
 
-# %% ../nbs/32_experiments.ipynb #977117c8
+# %% ../nbs/32_experiments.ipynb #b8897e14
 EXPERIMENTS = {
     "1": Experiment(EXPERIMENT_1, pretrain=("unlabelled",), watch="watch"),
     "2": Experiment({"train": 0.7, "valid": 0.1, "test": 0.2},
@@ -34,7 +35,7 @@ EXPERIMENTS = {
                            pretrain=("train",), watch="valid"),
 }
 
-# %% ../nbs/32_experiments.ipynb #c219f94a
+# %% ../nbs/32_experiments.ipynb #869e7aea
 def experiment_named(name: str # one of `EXPERIMENTS`
                     ) -> Experiment:
     "The experiment of a name; `InputError` lists the names there are."
@@ -47,7 +48,7 @@ def split_rows(stamps: StampSet,  # the set to be cut
               ) -> dict:          # pretrain, watch, train, valid, test -> row numbers
     "The rows that each phase of an experiment sees."
     plan = experiment_named(experiment)
-    parts = split(stamps.catalogue["objid"], plan.fractions, seed)
+    parts = split(stamps.catalogue, plan.fractions, seed)
     seen = np.sort(np.concatenate([parts[part] for part in plan.pretrain]))
     return {"pretrain": seen, "watch": parts[plan.watch],
             **{part: parts[part] for part in ("train", "valid", "test")}}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'read_fits_stamps', 'as_stamps', 'square_views', 'predict', 'table_format', 'write_predictions', 'embed']
 
-# %% ../nbs/40_predict.ipynb #0f9268df
+# %% ../nbs/40_predict.ipynb #04a89d26
 import warnings
 from pathlib import Path
 
@@ -15,13 +15,16 @@ from astropy.io import fits
 from astropy.table import Table
 from tqdm.auto import tqdm
 
-from .batches import centre_crop
-from .dataset import StampSet, house_catalogue
+from .catalogue import house_catalogue
+from .dataset import StampSet, centre_crop, row_numbers
 from .errors import InputError, select_device, write_aside
 from .models import Preprocessing, check_bands, load_model
+from .survey import BANDS
 
-# %% ../nbs/40_predict.ipynb #13bf665e
-def read_fits_stamps(file) -> tuple: # images (N, bands, H, W) float32, and the catalogue or None
+# %% ../nbs/40_predict.ipynb #e4b935f0
+def read_fits_stamps(file,                         # its path
+                     bands: tuple = BANDS          # names of the bands, in the images' order
+                    ) -> tuple: # images (N, bands, H, W) float32, and the catalogue or None
     "Stamps and, where there is one, their catalogue from a FITS file."
     file = Path(file)
     try:
@@ -35,30 +38,21 @@ def read_fits_stamps(file) -> tuple: # images (N, bands, H, W) float32, and the 
                          "write the stamps as the first image of the file.")
     images = images.reshape(-1, *images.shape[-3:]).astype(np.float32)
     if table is None: return images, None
-    catalogue, filled = house_catalogue(table, len(images), where=f"the table in {file}")
+    catalogue, filled = house_catalogue(table, len(images), bands, f"the table in {file}")
     return images, catalogue[[name for name in catalogue.colnames if name not in filled]]
 
-# %% ../nbs/40_predict.ipynb #2b6ab991
+# %% ../nbs/40_predict.ipynb #1c2d8829
 def as_stamps(stamps, preprocessing: Preprocessing) -> tuple: # images, and the catalogue or None
     "Images and catalogue of a `StampSet`, the path of one, the path of a FITS file, or an array."
     if isinstance(stamps, (str, Path)):
-        stamps = StampSet.open(stamps) if Path(stamps).is_dir() else read_fits_stamps(stamps)
+        stamps = (StampSet.open(stamps) if Path(stamps).is_dir()
+                  else read_fits_stamps(stamps, preprocessing.bands))
     if isinstance(stamps, StampSet):
         check_bands(stamps, preprocessing)
         return stamps.images, stamps.catalogue
     return stamps if isinstance(stamps, tuple) else (np.asarray(stamps), None)
 
-def _rows(rows, n: int) -> np.ndarray: # row numbers
-    "Row numbers from row numbers, a mask, or None for all."
-    if rows is None: return np.arange(n)
-    rows = np.atleast_1d(rows)
-    if rows.dtype == bool and len(rows) == n: rows = np.flatnonzero(rows)
-    if rows.dtype.kind not in "iu" or not len(rows) or rows.min() < 0 or rows.max() >= n:
-        raise InputError(f"rows must be one or more row numbers from 0 to {n - 1}; choose among "
-                         "these.")
-    return rows
-
-# %% ../nbs/40_predict.ipynb #9d8dba91
+# %% ../nbs/40_predict.ipynb #1ba21fb4
 def _magnitudes(catalogue: Table|None, bands: tuple) -> np.ndarray: # (N, bands) float32
     "The dereddened magnitudes that a catalogue gives."
     columns = [f"mag_{band}" for band in bands]
@@ -80,7 +74,7 @@ def _check_images(images: np.ndarray, preprocessing: Preprocessing):
         raise InputError(f"the stamps are {images.shape[3]} x {images.shape[2]} pixels, smaller "
                          f"than the model's crop of {size}; cut larger stamps.")
 
-# %% ../nbs/40_predict.ipynb #96a48af6
+# %% ../nbs/40_predict.ipynb #4a99fb91
 def square_views(images: torch.Tensor, # (B, bands, H, W), the galaxy on pixel (H // 2, W // 2)
                  size: int,            # pixels along a side of a view
                  n: int = 8):          # how many of the eight
@@ -92,7 +86,7 @@ def square_views(images: torch.Tensor, # (B, bands, H, W), the galaxy on pixel (
         turned = torch.rot90(square, view % 4, dims=(2, 3))
         yield (turned.flip(3) if view >= 4 else turned)[..., :size, :size]
 
-# %% ../nbs/40_predict.ipynb #2575efe2
+# %% ../nbs/40_predict.ipynb #2534e004
 def _batches(images: np.ndarray, rows: np.ndarray, batch_size: int, progress: bool):
     "Yield (position in `rows`, float32 tensor of stamps) in order, refusing non-finite pixels."
     starts = range(0, len(rows), batch_size)
@@ -105,7 +99,7 @@ def _batches(images: np.ndarray, rows: np.ndarray, batch_size: int, progress: bo
                              "pixels; mend these stamps or leave the rows out.")
         yield slice(start, start + len(part)), batch
 
-# %% ../nbs/40_predict.ipynb #8070461a
+# %% ../nbs/40_predict.ipynb #ca9646cd
 def _check_magnitudes(magnitudes: np.ndarray, rows: np.ndarray, images: np.ndarray):
     "Refuse magnitudes of another length, or not finite where they are needed."
     if magnitudes.shape[0] != len(images):
@@ -125,7 +119,7 @@ def _prediction_table(catalogue: Table|None, rows: np.ndarray, z_phot: np.ndarra
     table["z_phot"] = z_phot
     return table
 
-# %% ../nbs/40_predict.ipynb #10f3fec2
+# %% ../nbs/40_predict.ipynb #e0cedcf8
 def _open_model(model, kind: str|None, device) -> tuple:
     "A model folder, a (model, preprocessing) pair or a `Trained` as (model, preprocessing)."
     if isinstance(model, (str, Path)): return load_model(model, device, kind)
@@ -146,7 +140,7 @@ def predict(model,                          # folder of a saved model, or (model
     network, preprocessing = _open_model(model, "RedshiftNetwork", device)
     images, catalogue = as_stamps(stamps, preprocessing)
     _check_images(images, preprocessing)
-    rows = _rows(rows, len(images))
+    rows = row_numbers(rows, len(images))
     mags = np.zeros((len(images), len(preprocessing.bands)), dtype=np.float32)
     if network.config.magnitude:
         mags = (_magnitudes(catalogue, preprocessing.bands) if magnitudes is None
@@ -161,7 +155,7 @@ def predict(model,                          # folder of a saved model, or (model
         z_phot[where] = torch.stack(predicted).mean(0).cpu()
     return _prediction_table(catalogue, rows, z_phot)
 
-# %% ../nbs/40_predict.ipynb #5e576c68
+# %% ../nbs/40_predict.ipynb #6fdc3063
 FORMATS = {".fits": "fits", ".csv": "ascii.csv", ".ecsv": "ascii.ecsv"}
 
 def table_format(file) -> str: # as astropy calls it
@@ -174,7 +168,7 @@ def write_predictions(table: Table, file): # .fits, .csv or .ecsv
     "Write a table of predictions."
     with write_aside(file) as new: table.write(new, format=table_format(file))
 
-# %% ../nbs/40_predict.ipynb #4a47cea6
+# %% ../nbs/40_predict.ipynb #83dbdfef
 @torch.no_grad()
 def embed(model,                          # folder of a saved model with an encoder, or a pair
           stamps,                         # `StampSet`, its folder, a FITS file, or (N, bands, H, W)
@@ -187,7 +181,7 @@ def embed(model,                          # folder of a saved model with an enco
     network, preprocessing = _open_model(model, None, device)
     images, _ = as_stamps(stamps, preprocessing)
     _check_images(images, preprocessing)
-    rows = _rows(rows, len(images))
+    rows = row_numbers(rows, len(images))
     return np.concatenate([
         network.embed(centre_crop(preprocessing.images(batch), preprocessing.size).to(device)).cpu()
         for _, batch in _batches(images, rows, batch_size, progress)])

@@ -16,7 +16,8 @@ from torch import nn
 
 from astromae.batches import (BatchLoader, Normalisation, augment, centre_crop, edge_noise,
                               fit_normalisation, reach, turn)
-from astromae.dataset import import_npz, required_columns, write_stamp_set
+from astromae.catalogue import required_columns
+from astromae.dataset import import_npz, write_stamp_set
 from astromae.errors import InputError
 
 DATA = Path(os.environ.get("ASTROMAE_DATA", Path(__file__).parents[1].parent/"shared"/"data"))
@@ -142,7 +143,7 @@ def test_normalisations_that_make_no_sense(stamps):
     ({"indices": [-1]}, "row numbers from 0 to 39"),
     ({"indices": [0.5]}, "row numbers from 0 to 39"),
     ({"indices": [[1, 2]]}, "row numbers from 0 to 39"),
-    ({"indices": []}, "0 galaxies are fewer than the 1"),
+    ({"indices": []}, "one or more row numbers from 0 to 39"),
     ({"indices": [1, 2], "world": 3}, "2 galaxies are fewer than the 3"),
     ({"drop_last": True, "batch_size": 50}, "40 galaxies are fewer than the 50"),
     ({"size": 48}, "64 x 64 pixels are smaller than the 70 x 70"),

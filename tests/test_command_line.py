@@ -17,7 +17,8 @@ import torch
 from astropy.table import Table
 
 from astromae.cli import main
-from astromae.dataset import StampSet, required_columns, write_stamp_set
+from astromae.catalogue import required_columns
+from astromae.dataset import StampSet, write_stamp_set
 from astromae.mae import MAEConfig, MaskedAutoencoder
 from astromae.models import Preprocessing, load_model, save_model
 from astromae.redshift import ARCHITECTURES, RedshiftNetwork

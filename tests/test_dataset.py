@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from astropy.table import Table
 
-from astromae.dataset import (EXPERIMENT_1, StampSet, house_catalogue, import_arrays, import_npz,
-                              required_columns, split, write_stamp_set)
+from astromae.catalogue import EXPERIMENT_1, house_catalogue, required_columns, split
+from astromae.dataset import StampSet, import_arrays, import_npz, write_stamp_set
 from astromae.errors import InputError
 from astromae.survey import BANDS
 

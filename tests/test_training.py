@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 import astromae.training as training
 from astromae.batches import centre_crop
-from astromae.dataset import StampSet, required_columns, write_stamp_set
+from astromae.catalogue import required_columns
+from astromae.dataset import StampSet, write_stamp_set
 from astromae.mae import MAEConfig
 from astromae.models import load_model
 from astromae.redshift import ARCHITECTURES, RedshiftNetwork
