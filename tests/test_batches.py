@@ -17,8 +17,9 @@ from torch import nn
 from astromae.batches import (BatchLoader, Normalisation, augment, centre_crop, edge_noise,
                               fit_normalisation, reach, turn)
 from astromae.catalogue import required_columns
-from astromae.dataset import import_npz, write_stamp_set
+from astromae.dataset import write_stamp_set
 from astromae.errors import InputError
+from astromae.formats import import_stamps
 
 DATA = Path(os.environ.get("ASTROMAE_DATA", Path(__file__).parents[1].parent/"shared"/"data"))
 
@@ -288,7 +289,7 @@ def test_the_learning_rate_finder_runs(stamps):
 def test_the_noise_of_real_stamps(tmp_path):
     path = DATA/"sdss-stamps"/"stamps_r20.npz"
     if not path.exists(): pytest.skip(f"{path} is not here: real SDSS stamps are not part of the project")
-    stamps = import_npz(path, tmp_path/"set", labels="meta")
+    stamps = import_stamps(path, tmp_path/"set")
     measured = edge_noise(torch.tensor(stamps.images))
     assert measured.numpy() == pytest.approx([0.039, 0.0145, 0.028, 0.039, 0.148], rel=0.15)
     normalisation = fit_normalisation(stamps, range(100), "arcsinh")

@@ -7,8 +7,9 @@ import torch
 
 from astromae.batches import centre_crop
 from astromae.cli import main
-from astromae.dataset import StampSet, import_arrays, import_npz
+from astromae.dataset import StampSet, import_arrays
 from astromae.errors import InputError
+from astromae.formats import import_stamps
 from astromae.mae import MAEConfig, reconstruct
 from astromae.models import Preprocessing, save_model
 from astromae.predict import predict
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def stamps(shared_data, tmp_path_factory):
     "114 galaxies brighter than r = 20, without redshifts."
     folder = tmp_path_factory.mktemp("real")/"stamps"
-    return import_npz(shared_data/"sdss-stamps"/"stamps_r20.npz", folder, labels="meta")
+    return import_stamps(shared_data/"sdss-stamps"/"stamps_r20.npz", folder)
 
 
 @pytest.fixture(scope="module")
