@@ -6,8 +6,9 @@
 __all__ = ['centre_crop', 'write_stamp_set', 'StampSet', 'row_numbers', 'digest_rows', 'SelectedImages', 'StampSource',
            'write_source', 'import_arrays', 'import_npz']
 
-# %% ../nbs/03_dataset.ipynb #429ec0b2
+# %% ../nbs/03_dataset.ipynb #cd4461b4
 import fcntl, hashlib, io, json, shutil, warnings, zipfile, zlib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from .catalogue import (as_table, check_catalogue, duplicates, house_catalogue,
 from .errors import InputError, from_os_error, replace, write_aside, write_json
 from .survey import BANDS, PIXEL_SCALE
 
-# %% ../nbs/03_dataset.ipynb #f2eb9b80
+# %% ../nbs/03_dataset.ipynb #cec103fa
 def _as_stored(images,           # (k, B, H, W) stamps as they come
                shape: tuple,     # what (B, H, W) must be
                dtype: np.dtype,  # of the pixels on disk
@@ -51,7 +52,7 @@ def _as_stored(images,           # (k, B, H, W) stamps as they come
         f"in {images.dtype}, and so have {len(bad) - 1} more of these {len(images)}; mend these "
         "stamps or leave them out.")
 
-# %% ../nbs/03_dataset.ipynb #3bcd0c27
+# %% ../nbs/03_dataset.ipynb #7b3f065c
 def centre_crop(images,    # (..., H, W) tensor or array
                 size: int  # side of the crop, pixels
                ):          # (..., size, size), a view; the galaxy's pixel is (size//2, size//2)
@@ -63,36 +64,46 @@ def centre_crop(images,    # (..., H, W) tensor or array
     y, x = height//2 - size//2, width//2 - size//2
     return images[..., y:y + size, x:x + size]
 
-# %% ../nbs/03_dataset.ipynb #f2886d12
+# %% ../nbs/03_dataset.ipynb #c3f4b0d3
 class _HashedFile:
     "A file whose bytes are written, and added to its SHA-256, while the next ones are made."
     def __init__(self, path, sha256=None, journal=None):
         self.file, self.sha256 = open(path, "ab"), sha256 or hashlib.sha256()
         self.journal = journal and open(journal, "a")
-        self.threads, self.pending = ThreadPoolExecutor(2), []
+        self.end, self.pending = self.file.tell(), deque()
+        self.writer, self.hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def __enter__(self): return self
 
     def __exit__(self, *_):
-        self.threads.shutdown()
-        if self.journal: self.journal.close()
-        self.file.close()
+        try: self.flush()
+        finally:
+            for closed in (self.writer.shutdown, self.hasher.shutdown, self.file.close): closed()
+            if self.journal: self.journal.close()
+
+    def _write(self, data):
+        self.file.write(data)
+        self.file.flush()
+
+    def _hash(self, data) -> str: # hexadecimal digest of all up to here
+        self.sha256.update(data)
+        return self.sha256.hexdigest()
 
     def write(self, data): # bytes that nobody will change
-        self.flush()
-        takers = self.file.write, self.sha256.update
-        self.pending = [self.threads.submit(take, data) for take in takers]
+        self.end += len(data)
+        both = self.writer.submit(self._write, data), self.hasher.submit(self._hash, data)
+        self.pending.append((self.end, *both))
+        self.flush(leave=3)
 
-    def flush(self):
-        "Wait until everything so far is written and in the checksum."
-        if not self.pending: return
-        for done in self.pending: done.result()
-        self.file.flush()
-        if self.journal:
-            print(self.file.tell(), self.sha256.hexdigest(), file=self.journal, flush=True)
-        self.pending = []
+    def flush(self, leave: int = 0): # how many chunks may still be on their way
+        "Wait until what was handed in is written and in the checksum."
+        while len(self.pending) > leave:
+            end, written, digest = self.pending.popleft()
+            written.result()
+            digest = digest.result()
+            if self.journal: print(end, digest, file=self.journal, flush=True)
 
-# %% ../nbs/03_dataset.ipynb #81a221de
+# %% ../nbs/03_dataset.ipynb #e4404198
 def _npy_header(shape: tuple, dtype: np.dtype) -> bytes:
     "How a `.npy` of C-ordered numbers begins."
     header = io.BytesIO()
@@ -117,7 +128,7 @@ def _write_blocks(file: _HashedFile, blocks, shape, dtype, row: int, progress: b
         f"{row:,} stamps came where {n:,} were announced; announce what comes, at least one.")
     return file.sha256.hexdigest()
 
-# %% ../nbs/03_dataset.ipynb #c2e71c1c
+# %% ../nbs/03_dataset.ipynb #55cf712c
 def _write_catalogue(path, catalogue: Table, rows: np.ndarray, bands, block=5_000) -> str:
     "Write rows of the catalogue as a FITS table, some at a time; return its SHA-256."
     catalogue = tidy_catalogue(catalogue, bands)
@@ -130,8 +141,7 @@ def _write_catalogue(path, catalogue: Table, rows: np.ndarray, bands, block=5_00
         except (ValueError, TypeError) as error:
             raise InputError(f"the catalogue cannot be written as a FITS table ({error}); leave "
                              "out or change what FITS cannot hold.") from error
-        file.flush()
-        file.write(bytes(-file.file.tell() % 2880))
+        file.write(bytes(-file.end % 2880))
         file.flush()
     return file.sha256.hexdigest()
 
@@ -154,7 +164,7 @@ def _finish(folder: Path, catalogue: Table, rows: np.ndarray, sha256: str, **des
     write_json(folder/"description.json",
                description | {"n": len(rows), "galaxies": galaxies, "checksums": sums})
 
-# %% ../nbs/03_dataset.ipynb #caf38884
+# %% ../nbs/03_dataset.ipynb #12c04b53
 def _check_destination(folder: Path, overwrite: bool):
     "Refuse a destination that holds something which may not be replaced."
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())): return
@@ -179,7 +189,7 @@ def _with_objid(chunks, tables: list, bands) -> Iterator:
         tables.append(table)
         yield images, table["objid"]
 
-# %% ../nbs/03_dataset.ipynb #151389e4
+# %% ../nbs/03_dataset.ipynb #5e12dafc
 def write_stamp_set(
     folder,                         # where the set is to be
     chunks: Iterable,               # pairs of images (k, B, H, W) and `Table` of k rows
@@ -210,7 +220,7 @@ def write_stamp_set(
         _check_destination(folder, overwrite)
     return StampSet.open(folder)
 
-# %% ../nbs/03_dataset.ipynb #3793b0ce
+# %% ../nbs/03_dataset.ipynb #7cf67930
 class StampSet:
     "Galaxy stamps and their catalogue in one folder; pixels stay on disk until they are asked for."
     def __init__(self,
@@ -234,7 +244,7 @@ class StampSet:
                 f"in {''.join(self.bands)}, {self.labelled.sum():,} with redshift, "
                 f"{self.images.dtype})")
 
-# %% ../nbs/03_dataset.ipynb #ad6fcbb2
+# %% ../nbs/03_dataset.ipynb #484b2632
 @patch
 def magnitudes(self: StampSet) -> np.ndarray: # (N, B) float32, AB mag
     "Dereddened magnitudes in the order of the bands."
@@ -251,7 +261,7 @@ def labelled(self: StampSet) -> np.ndarray: # (N,) bool
     "True where a galaxy has a spectroscopic redshift."
     return np.isfinite(self.redshifts())
 
-# %% ../nbs/03_dataset.ipynb #54542e74
+# %% ../nbs/03_dataset.ipynb #e82f9932
 @contextmanager
 def _judging(path):
     "Say in one sentence whatever goes wrong when the file `path` of a stamp set is read."
@@ -290,7 +300,7 @@ def open(cls: StampSet, folder): # the folder of a stamp set
         check_catalogue(catalogue, description["bands"], folder/"catalogue.fits")
         return cls(folder, images, catalogue, description)
 
-# %% ../nbs/03_dataset.ipynb #ccecd0a6
+# %% ../nbs/03_dataset.ipynb #bc9c848e
 def _sha256(path) -> str:
     "SHA-256 of a file, which `sha256sum` prints too."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
@@ -303,7 +313,7 @@ def verify(self: StampSet) -> StampSet: # the set itself
             if _sha256(self.folder/name) != sha256: raise ValueError("its checksum is another")
     return self
 
-# %% ../nbs/03_dataset.ipynb #1f5ed229
+# %% ../nbs/03_dataset.ipynb #88ac83b0
 def row_numbers(rows,         # row numbers, a mask of n, or None for all
                 n: int        # number of rows there are
                ) -> np.ndarray: # (k,) row numbers
@@ -321,7 +331,7 @@ def digest_rows(rows) -> str: # sixteen hexadecimal digits
     "A short fingerprint of an array of row numbers."
     return hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64)).hexdigest()[:16]
 
-# %% ../nbs/03_dataset.ipynb #78dcaeac
+# %% ../nbs/03_dataset.ipynb #77471fb4
 class SelectedImages:
     "Some rows of an array of stamps, which are read when they are asked for."
     def __init__(self,
@@ -356,7 +366,7 @@ def select(self: StampSet,
                     "selection": {"condition": condition, "rows": digest_rows(of_file)}}
     return StampSet(self.folder, SelectedImages(images, of_file), self.catalogue[rows], description)
 
-# %% ../nbs/03_dataset.ipynb #4b586618
+# %% ../nbs/03_dataset.ipynb #efd58582
 @dataclass
 class StampSource:
     "Stamps that somebody else keeps: their catalogue, and their pixels block after block."
@@ -402,7 +412,7 @@ def _wanted(source: StampSource,
     if start != n: raise InputError(f"{source.origin} ends after {start:,} of its {n:,} stamps, or "
                                     "is longer than it says; fetch or write it again.")
 
-# %% ../nbs/03_dataset.ipynb #0899d8c8
+# %% ../nbs/03_dataset.ipynb #818ef296
 def _whole_part(images: Path, journal: Path) -> tuple: # its length, and SHA-256 up to there
     "Cut an unfinished file and its journal to what is whole."
     end, good, lines, sha256 = 0, hashlib.sha256(), [], hashlib.sha256()
@@ -432,7 +442,7 @@ def _pick_up(part: Path, plan: dict) -> tuple: # length of what is there, SHA-25
     with write_aside(part/"plan.json") as new: new.write_text(plan)
     return 0, hashlib.sha256()
 
-# %% ../nbs/03_dataset.ipynb #a3f4a150
+# %% ../nbs/03_dataset.ipynb #d4a743c5
 @contextmanager
 def _unfinished(folder: Path, keep: bool):
     "Lock and yield the hidden folder beside `folder`; it stays after an interruption if `keep`."
@@ -456,7 +466,7 @@ def _unfinished(folder: Path, keep: bool):
                                       f"whole in {part}.")
         raise InputError(sentence) from error
 
-# %% ../nbs/03_dataset.ipynb #4fe75cf7
+# %% ../nbs/03_dataset.ipynb #2451623b
 def write_source(source: StampSource,     # what a reader found
                  folder,                  # where the set is to be
                  dtype: str = "float32",  # of the pixels on disk, or `float16`
@@ -492,7 +502,7 @@ def write_source(source: StampSource,     # what a reader found
         replace(part/"set", folder)
     return StampSet.open(folder)
 
-# %% ../nbs/03_dataset.ipynb #c1a89355
+# %% ../nbs/03_dataset.ipynb #2920bc00
 def import_arrays(cube,                          # (N, H, W, B) stamps, or (N, B, H, W)
                   catalogue,                     # `Table`, record array, DataFrame or dict
                   folder,                        # where the set is to be
@@ -512,7 +522,7 @@ def import_arrays(cube,                          # (N, H, W, B) stamps, or (N, B
     return write_source(StampSource(catalogue, cube.shape, blocks, tuple(bands), unit, pixel_scale,
                                     origin), folder, **settings)
 
-# %% ../nbs/03_dataset.ipynb #a751c54b
+# %% ../nbs/03_dataset.ipynb #1c7d1c39
 def _read_header(member) -> tuple[tuple, bool, np.dtype]:
     "Shape, Fortran order and type of an array from the start of its `.npy` stream."
     version = np.lib.format.read_magic(member)
@@ -534,7 +544,7 @@ def _read_blocks(member, shape, dtype, block) -> Iterator[np.ndarray]:
         yield rows
     if member.read(1): raise ValueError("it is longer than its header says")
 
-# %% ../nbs/03_dataset.ipynb #7a40e7d3
+# %% ../nbs/03_dataset.ipynb #c5e7612c
 @contextmanager
 def _reading(path):
     "Say in one sentence whatever goes wrong when the archive `path` is read."
@@ -553,7 +563,7 @@ def _check_cube(where, shape, fortran, dtype, bands):
     if fortran: raise InputError(f"{where} is in Fortran order, which cannot be streamed; save it "
                                  "with np.ascontiguousarray, or load it and use import_arrays.")
 
-# %% ../nbs/03_dataset.ipynb #2b49e1c3
+# %% ../nbs/03_dataset.ipynb #309d75f2
 def import_npz(path,                          # an npz like `sdss.npz`
                folder,                        # where the set is to be
                dtype: str = "float32",        # of the pixels on disk, or `float16`
