@@ -6,8 +6,8 @@
 __all__ = ['SELECTIONS', 'SKYSERVER_ROWS', 'SKYSERVER_SECONDS', 'SKYSERVER_PAUSE', 'OBJID_PER_QUERY', 'POSITIONS_PER_QUERY',
            'galaxy_sql', 'query_galaxies']
 
-# %% ../nbs/00_skyserver.ipynb #9747fedd
-import hashlib, io, json, re, shutil, time, warnings
+# %% ../nbs/00_skyserver.ipynb #59ac1082
+import fcntl, hashlib, io, json, re, shutil, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import URLError
@@ -18,12 +18,13 @@ from astropy.table import Table, vstack
 from tqdm.auto import tqdm
 from urllib3.util import Retry
 
+from .catalogue import known_names
 from .downloads import (RETRIES, Refused, TryAgain, Unreachable, check_status, reaching_out,
                                 with_patience)
-from .errors import InputError, write_aside
+from .errors import InputError, from_os_error, write_aside
 from .survey import BANDS, EXTINCTION_PER_EBV
 
-# %% ../nbs/00_skyserver.ipynb #803077be
+# %% ../nbs/00_skyserver.ipynb #2a8b170c
 _PHOTOMETRY = {"objid": "objID", "ra": "ra", "dec": "dec",
                **{f"mag_{band}": f"dered_{band}" for band in BANDS},
                **{f"magerr_{band}": f"modelMagErr_{band}" for band in BANDS},
@@ -33,14 +34,14 @@ _PHOTOMETRY = {"objid": "objID", "ra": "ra", "dec": "dec",
 _SPECTRUM = {"z_spec": "z", "z_err": "zErr", "z_warning": "zWarning",
              "primtarget": "legacy_target1"}
 
-# %% ../nbs/00_skyserver.ipynb #eef7702e
+# %% ../nbs/00_skyserver.ipynb #d82a7b5f
 _GOOD_SPECTRUM = ("s.class='GALAXY' AND s.survey='sdss' AND s.targetType='SCIENCE' AND "
                   "s.sciencePrimary=1 AND s.zWarning=0 AND s.z>0")
 SELECTIONS = {"paper": f"{_GOOD_SPECTRUM} AND p.clean=1 AND p.insideMask=0"}
 SELECTIONS["main"] = (SELECTIONS["paper"] + " AND s.z<=0.4 AND p.petroMag_r-p.extinction_r<=17.8"
                       " AND s.legacy_target1>=64")
 
-# %% ../nbs/00_skyserver.ipynb #f1923602
+# %% ../nbs/00_skyserver.ipynb #ca7627f9
 def _columns() -> str:
     "What is selected, under the house's names."
     named = [(f"p.{theirs}", ours) for ours, theirs in _PHOTOMETRY.items()]
@@ -53,18 +54,18 @@ def _region(region) -> tuple[str, str]:
     except (TypeError, ValueError): numbers = (np.nan,)
     if not numbers: return "", ""
     if len(numbers) not in (3, 4) or not np.isfinite(numbers).all(): raise InputError(
-        f"the region {region} must be ra, dec, radius or ra_min, ra_max, dec_min, dec_max, degrees.")
+        f"the region {region} must be ra, dec, radius or ra_min, ra_max, dec_min, dec_max.")
     if len(numbers) == 3:
         ra, dec, radius = numbers
-        near = f"dbo.fGetNearbyObjEq({ra:.7g},{dec:.7g},{60*radius:.7g})"
+        near = f"dbo.fGetNearbyObjEq({ra:.10g},{dec:.10g},{60*radius:.10g})"
         return f" JOIN {near} AS n ON n.objID=p.objID", ""
     west, east, south, north = numbers
     if not (south < north and west != east): raise InputError(
         f"the region {region} is empty; give ra_min, ra_max, dec_min, dec_max.")
-    inside = f"p.ra>={west:.7g} {'AND' if west < east else 'OR'} p.ra<{east:.7g}"
-    return "", f" AND ({inside}) AND p.dec>={south:.7g} AND p.dec<{north:.7g}"
+    inside = f"p.ra>={west:.10g} {'AND' if west < east else 'OR'} p.ra<{east:.10g}"
+    return "", f" AND ({inside}) AND p.dec>={south:.10g} AND p.dec<{north:.10g}"
 
-# %% ../nbs/00_skyserver.ipynb #f129d6ae
+# %% ../nbs/00_skyserver.ipynb #0e9c6e68
 def galaxy_sql(selection: str = "paper",  # of `SELECTIONS`
                region=None  # degrees: (ra, dec, radius) or (ra_min, ra_max, dec_min, dec_max)
               ) -> str:     # SQL for SkyServer, without limit or order
@@ -75,7 +76,7 @@ def galaxy_sql(selection: str = "paper",  # of `SELECTIONS`
     return (f"SELECT {_columns()} FROM SpecObjAll AS s JOIN PhotoObjAll AS p ON p.objID=s.bestObjID"
             f"{join} WHERE {SELECTIONS[selection]}{inside}")
 
-# %% ../nbs/00_skyserver.ipynb #2479e782
+# %% ../nbs/00_skyserver.ipynb #70c16758
 SKYSERVER_ROWS, SKYSERVER_SECONDS = 500_000, 600  # its limits for one query
 SKYSERVER_PAUSE = 1.                              # seconds between two queries
 
@@ -93,7 +94,7 @@ def _own_sql(sql: str) -> str:
             f"the SQL must do without {word.upper()!r}: {instead}.")
     return sql
 
-# %% ../nbs/00_skyserver.ipynb #4b23c4ff
+# %% ../nbs/00_skyserver.ipynb #7d8ded17
 class _TooSlow(Refused): "The query ran into SkyServer's time limit."
 
 def _read_answer(response) -> pd.DataFrame:
@@ -102,16 +103,18 @@ def _read_answer(response) -> pd.DataFrame:
     complaint = re.search(r"error_message\W*(.{0,300})", text, re.S)
     if complaint:
         said = " ".join(re.sub(r"[\"\[\]{}]", " ", complaint[1]).split())
-        slow = re.search(r"time.?out|time limit", said, re.I)
-        raise (_TooSlow if slow else Refused)(f"SkyServer does not accept the query ({said})")
+        if re.search(r"time.?out|time limit", said, re.I):
+            raise _TooSlow(f"SkyServer had not enough time for the query ({said})")
+        raise Refused(f"SkyServer does not accept the query ({said})")
     check_status(response)
     if "<html" in text[:2000].lower() or "<!doctype" in text[:2000].lower():
         raise TryAgain("SkyServer sent a web page and not a table"
                        + f" ({' '.join(re.sub('<[^>]*>', ' ', text).split())[:100]})")
+    if "no objects have been found" in text[:2000].lower(): return pd.DataFrame()
     try: return pd.read_csv(io.StringIO(text), comment="#")
     except ValueError as error: raise TryAgain("SkyServer sent no readable table") from error
 
-# %% ../nbs/00_skyserver.ipynb #5aa65d0f
+# %% ../nbs/00_skyserver.ipynb #fa7a5df8
 @contextmanager
 def _talking(server, release):
     "astroquery with our server, without its cache; its exceptions as ours."
@@ -127,7 +130,7 @@ def _talking(server, release):
         except URLError as error: raise Unreachable("the server cannot be reached") from error
         except RemoteServiceError as error: raise Refused(str(error)) from error
 
-# %% ../nbs/00_skyserver.ipynb #7d54489f
+# %% ../nbs/00_skyserver.ipynb #b39d7b85
 class _SkyServer:
     "Asks SkyServer, patiently, and never faster than it likes."
     def __init__(self, server, release, retries, pause):
@@ -145,20 +148,14 @@ class _SkyServer:
         "The table that an asking method of `astroquery.sdss.SDSS` gets."
         return with_patience(lambda: self._ask(method, arguments, keywords), self.retries)
 
-# %% ../nbs/00_skyserver.ipynb #bd63e4fe
-_KNOWN = {theirs.lower(): ours for ours, theirs in (_PHOTOMETRY | _SPECTRUM).items()}
+# %% ../nbs/00_skyserver.ipynb #c79fe486
 _WHOLE = {"objid": 0, "run": 0, "rerun": 0, "camcol": 0, "field": 0,
           "z_warning": -1, "primtarget": 0}  # whole numbers, and what stands for none
 
-def _house_names(names) -> dict[str, str]:
-    "SDSS's names among `names` -> the house's; `z` beside `u g r i` is a magnitude."
-    known = {name: _KNOWN[name.lower()] for name in names if name.lower() in _KNOWN}
-    if set("ugri") <= {name.lower() for name in names}: known.pop("z", None)
-    return {theirs: ours for theirs, ours in known.items() if theirs == ours or ours not in names}
-
 def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
     "An answer in the house's names and types."
-    frame = frame.rename(columns=_house_names(frame.columns))
+    frame = frame.rename(columns=lambda name: "objid" if name.lower() == "objid" else name)
+    frame = frame.rename(columns=known_names(frame.columns))
     measured = frame.select_dtypes("float").columns
     frame[measured] = frame[measured].where(frame[measured] > -9999)
     for name in set(_WHOLE) & set(frame):
@@ -168,12 +165,11 @@ def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
         if "petromag_r" in frame: frame["dered_petro_r"] = frame["petromag_r"] - frame["ext_r"]
     return frame
 
-# %% ../nbs/00_skyserver.ipynb #4b9e2803
+# %% ../nbs/00_skyserver.ipynb #163bc035
 class _Chunks:
     "The chunks of one question that have come."
-    def __init__(self, out: Path, question):
-        fingerprint = hashlib.sha256(json.dumps(question).encode()).hexdigest()[:12]
-        self.folder = out.with_name(f".{out.name}-{fingerprint}")
+    def __init__(self, folder: Path):
+        self.folder = folder
         self.rows = sum(len(table) for table in self)
 
     def _path(self, k: int) -> Path: return self.folder/f"chunk-{k:06d}.fits"
@@ -181,7 +177,8 @@ class _Chunks:
     def __contains__(self, k: int): return self._path(k).exists()
 
     def __iter__(self):
-        for path in sorted(self.folder.glob("chunk-*.fits")): yield Table.read(path)
+        for path in sorted(self.folder.glob("chunk-*.fits")):
+            yield Table.read(path, mask_invalid=False)
 
     def __len__(self): return len(list(self.folder.glob("chunk-*.fits")))
 
@@ -190,14 +187,31 @@ class _Chunks:
         self.rows += len(frame)
         with write_aside(self._path(k)) as new: Table.from_pandas(frame).write(new, format="fits")
 
-# %% ../nbs/00_skyserver.ipynb #ccd57ac7
+# %% ../nbs/00_skyserver.ipynb #41cf17e3
+@contextmanager
+def _alone(out: Path, question):
+    "Lock and yield the hidden folder of a question; removed at the end if it holds no chunk."
+    fingerprint = hashlib.sha256(json.dumps(question).encode()).hexdigest()[:12]
+    folder = out.with_name(f".{out.name}-{fingerprint}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder/"lock", "a") as lock:
+            try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error: raise InputError(
+                f"another process is asking the same for {out}; wait for it.") from error
+            try: yield folder
+            finally:
+                if not len(_Chunks(folder)): shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error: raise from_os_error(error, f"writing {folder}") from error
+
+# %% ../nbs/00_skyserver.ipynb #ab01dbb6
 def _by_sql(ask, chunks, bar, sql, chunk, limit):
     "Chunks of SQL, each of the galaxies after the last."
     last = max((int(table["objid"].max()) for table in chunks), default=0)
     while (n := min(chunk, (limit or np.inf) - chunks.rows)) > 0:
         try: frame = _tidy(ask("query_sql_async", _chunk_sql(sql, int(n), last)))
         except _TooSlow:
-            if chunk < 1000: raise
+            if chunk < 100: raise
             chunk //= 4
             continue
         if not len(frame): return
@@ -207,8 +221,8 @@ def _by_sql(ask, chunks, bar, sql, chunk, limit):
         bar.update(chunks.rows - bar.n)
         if len(frame) < n: return
 
-# %% ../nbs/00_skyserver.ipynb #32c8dcf7
-OBJID_PER_QUERY = 25
+# %% ../nbs/00_skyserver.ipynb #abdf194f
+OBJID_PER_QUERY = 50
 
 def _objid_sql(objid) -> str:
     "SQL for some objects."
@@ -222,11 +236,12 @@ def _by_objid(ask, chunks, bar, objid):
         if k not in chunks:
             wanted = pd.DataFrame({"objid": objid[first:first + OBJID_PER_QUERY]})
             wanted["asked"] = first + np.arange(len(wanted))
-            frame = _tidy(ask("query_sql_async", _objid_sql(wanted["objid"])))
+            frame = ask("query_sql_async", _objid_sql(wanted["objid"]))
+            frame = _tidy(frame.reindex(columns=[*_PHOTOMETRY, *_SPECTRUM]))
             chunks.add(k, frame.drop_duplicates("objid").merge(wanted, on="objid"))
         bar.update(min(first + OBJID_PER_QUERY, len(objid)) - bar.n)
 
-# %% ../nbs/00_skyserver.ipynb #4bcef5cf
+# %% ../nbs/00_skyserver.ipynb #7012508e
 POSITIONS_PER_QUERY = 1_000
 
 def _cross_identify(ask, rows, ra, dec, radius) -> pd.DataFrame:
@@ -241,8 +256,10 @@ def _cross_identify(ask, rows, ra, dec, radius) -> pd.DataFrame:
     seen = ask("query_crossid_async", where, **question, photoobj_fields=[*photometry, row])
     best = ask("query_crossid_async", where, **question, photoobj_fields=[row],
                specobj_fields=[*spectrum, "sciencePrimary AS best"])
-    best = best[best["best"] == 1].drop_duplicates("asked")[["asked", *_SPECTRUM]]
-    return seen.drop(columns=["mode", "type"]).drop_duplicates("asked").merge(best, "left", "asked")
+    seen, best = (frame.reindex(columns=["asked", *columns]).astype({"asked": np.int64})
+                  for frame, columns in ((seen, _PHOTOMETRY), (best, [*_SPECTRUM, "best"])))
+    best = best[best["best"] == 1].drop(columns="best").drop_duplicates("asked")
+    return seen.drop_duplicates("asked").merge(best, "left", "asked")
 
 def _by_position(ask, chunks, bar, ra, dec, radius):
     "Chunks of a list of positions; the column `asked` is the row in the list."
@@ -252,7 +269,7 @@ def _by_position(ask, chunks, bar, ra, dec, radius):
             chunks.add(k, _tidy(_cross_identify(ask, rows, ra[rows], dec[rows], radius)))
         bar.update(rows[-1] + 1 - bar.n)
 
-# %% ../nbs/00_skyserver.ipynb #8001744c
+# %% ../nbs/00_skyserver.ipynb #c88ed49c
 def _read_list(handed, names: tuple[str, ...]) -> list[np.ndarray]:
     "Columns of a table, of a file that holds one, or of an array."
     if isinstance(handed, (str, Path)):
@@ -262,17 +279,24 @@ def _read_list(handed, names: tuple[str, ...]) -> list[np.ndarray]:
             f"{' and '.join(names)}.") from error
     if hasattr(handed, "icrs"):
         return [np.atleast_1d(angle.deg) for angle in (handed.icrs.ra, handed.icrs.dec)]
-    if not hasattr(handed, "colnames"): return list(np.asarray(handed).reshape(-1, len(names)).T)
+    if not hasattr(handed, "colnames"):
+        rows = np.asarray(handed)
+        if rows.shape[1:] != (len(names),)[len(names) == 1:]: raise InputError(
+            f"the list has the shape {rows.shape} and no rows of {' and '.join(names)}.")
+        handed = Table(list(rows.reshape(-1, len(names)).T), names=names)
+    if not len(handed): raise InputError("the list is empty.")
     there = {name.lower(): name for name in handed.colnames}
     missing = [name for name in names if name not in there]
     if missing: raise InputError(
         f"the list has no column {missing[0]!r}, only {', '.join(handed.colnames)}.")
     return [np.ma.filled(np.ma.asarray(handed[there[name]]), -1) for name in names]
 
-# %% ../nbs/00_skyserver.ipynb #db0b615b
+# %% ../nbs/00_skyserver.ipynb #c882da42
 def _positions(handed) -> tuple[np.ndarray, np.ndarray]:
     "Right ascension and declination, degrees, each where the sky is."
-    ra, dec = (np.asarray(column, float) for column in _read_list(handed, ("ra", "dec")))
+    columns = _read_list(handed, ("ra", "dec"))
+    try: ra, dec = (np.asarray(column, float) for column in columns)
+    except ValueError as error: raise InputError("ra and dec must be numbers.") from error
     bad = np.flatnonzero(~((ra >= 0) & (ra <= 360) & (abs(dec) <= 90)))
     if len(bad): raise InputError(
         f"row {bad[0]} of the positions, {ra[bad[0]]:g}, {dec[bad[0]]:g}, is not on the sky; "
@@ -289,7 +313,7 @@ def _objid(handed) -> list[int]:
         "the list of objid must hold whole numbers above zero, of at most 19 digits.")
     return objid
 
-# %% ../nbs/00_skyserver.ipynb #8832836e
+# %% ../nbs/00_skyserver.ipynb #acd7e255
 def _question(selection, region, positions, objid, sql, chunk, limit, radius):
     "What is asked, as words that identify it; how it is walked through; how many rows at most."
     lists = [name for name, value in (("positions", positions), ("objid", objid), ("sql", sql))
@@ -309,7 +333,7 @@ def _question(selection, region, positions, objid, sql, chunk, limit, radius):
     sql = _own_sql(sql) if sql is not None else galaxy_sql(selection or "paper", region)
     return [sql, limit], lambda *to: _by_sql(*to, sql, chunk, limit), limit
 
-# %% ../nbs/00_skyserver.ipynb #3e2f4128
+# %% ../nbs/00_skyserver.ipynb #3fa365cf
 _UNITS = {"ra": "deg", "dec": "deg", "petrorad_r": "arcsec", "petromag_r": "mag",
           "dered_petro_r": "mag", "ebv": "mag",
           **{f"{kind}_{band}": "mag" for kind in ("mag", "magerr", "ext") for band in BANDS}}
@@ -317,6 +341,8 @@ _UNITS = {"ra": "deg", "dec": "deg", "petrorad_r": "arcsec", "petromag_r": "mag"
 def _join(chunks: _Chunks, n_asked: int) -> Table:
     "The chunks as one catalogue; rows of a list in the list's order."
     catalogue = vstack([table for table in chunks if len(table)], metadata_conflicts="silent")
+    for name in catalogue.colnames: # FITS has its bytes the other way round
+        catalogue[name] = catalogue[name].astype(catalogue[name].dtype.newbyteorder("="))
     for name in set(_UNITS) & set(catalogue.colnames): catalogue[name].unit = _UNITS[name]
     if "asked" not in catalogue.colnames: return catalogue
     catalogue.sort("asked")
@@ -338,7 +364,7 @@ def _keeping(chunks: _Chunks, server: str):
         raise InputError(f"asking SkyServer at {server} failed: {error.reason}; check {advice}."
                         ) from error
 
-# %% ../nbs/00_skyserver.ipynb #2654271e
+# %% ../nbs/00_skyserver.ipynb #62e0d43c
 def query_galaxies(out,                    # FITS file of the catalogue that is to be
                    selection: str|None = None,  # of `SELECTIONS`; without anything else: paper
                    region=None,    # (ra, dec, radius) or (ra_min, ra_max, dec_min, dec_max)
@@ -362,14 +388,15 @@ def query_galaxies(out,                    # FITS file of the catalogue that is 
     if out.exists() and not overwrite: raise InputError(
         f"{out} exists; choose another name or remove it.")
     words, walk, n = _question(selection, region, positions, objid, sql, chunk, limit, radius)
-    chunks = _Chunks(out, [server, release, words])
-    with tqdm(total=n, desc="asking SkyServer", unit="galaxy", disable=not progress) as bar, \
-         _keeping(chunks, server):
-        bar.update(chunks.rows)
-        walk(_SkyServer(server, release, retries, pause), chunks, bar)
+    ask = _SkyServer(server, release, retries, pause)
+    with _alone(out, [server, release, words]) as folder:
+        chunks = _Chunks(folder)
+        with tqdm(total=n, desc="asking SkyServer", unit="galaxy", initial=chunks.rows,
+                  disable=not progress) as bar, _keeping(chunks, server): walk(ask, chunks, bar)
+        if chunks.rows:
+            catalogue = _join(chunks, n)
+            catalogue.meta |= {"SERVER": server, "RELEASE": release or conf.default_release}
+            with write_aside(out) as new: catalogue.write(new, format="fits")
+        shutil.rmtree(folder)
     if not chunks.rows: raise InputError("SDSS has no galaxy like that; nothing was written.")
-    catalogue = _join(chunks, n)
-    catalogue.meta |= {"SERVER": server, "RELEASE": release or conf.default_release}
-    with write_aside(out) as new: catalogue.write(new, format="fits")
-    shutil.rmtree(chunks.folder)
     return catalogue
