@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['centre_crop', 'write_stamp_set', 'StampSet', 'row_numbers', 'digest_rows', 'SelectedImages', 'StampSource',
-           'write_source', 'import_arrays', 'import_npz']
+           'write_source', 'import_arrays']
 
-# %% ../nbs/03_dataset.ipynb #cd4461b4
-import fcntl, hashlib, io, json, shutil, warnings, zipfile, zlib
+# %% ../nbs/03_dataset.ipynb #ef350e8a
+import fcntl, hashlib, io, json, shutil, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ from .catalogue import (as_table, check_catalogue, duplicates, house_catalogue,
 from .errors import InputError, from_os_error, replace, write_aside, write_json
 from .survey import BANDS, PIXEL_SCALE
 
-# %% ../nbs/03_dataset.ipynb #cec103fa
+# %% ../nbs/03_dataset.ipynb #6a794fc1
 def _as_stored(images,           # (k, B, H, W) stamps as they come
                shape: tuple,     # what (B, H, W) must be
                dtype: np.dtype,  # of the pixels on disk
@@ -52,7 +52,7 @@ def _as_stored(images,           # (k, B, H, W) stamps as they come
         f"in {images.dtype}, and so have {len(bad) - 1} more of these {len(images)}; mend these "
         "stamps or leave them out.")
 
-# %% ../nbs/03_dataset.ipynb #7b3f065c
+# %% ../nbs/03_dataset.ipynb #16b766e4
 def centre_crop(images,    # (..., H, W) tensor or array
                 size: int  # side of the crop, pixels
                ):          # (..., size, size), a view; the galaxy's pixel is (size//2, size//2)
@@ -64,7 +64,7 @@ def centre_crop(images,    # (..., H, W) tensor or array
     y, x = height//2 - size//2, width//2 - size//2
     return images[..., y:y + size, x:x + size]
 
-# %% ../nbs/03_dataset.ipynb #c3f4b0d3
+# %% ../nbs/03_dataset.ipynb #447bf9ed
 class _HashedFile:
     "A file whose bytes are written, and added to its SHA-256, while the next ones are made."
     def __init__(self, path, sha256=None, journal=None):
@@ -103,7 +103,7 @@ class _HashedFile:
             digest = digest.result()
             if self.journal: print(end, digest, file=self.journal, flush=True)
 
-# %% ../nbs/03_dataset.ipynb #e4404198
+# %% ../nbs/03_dataset.ipynb #4cb3aa48
 def _npy_header(shape: tuple, dtype: np.dtype) -> bytes:
     "How a `.npy` of C-ordered numbers begins."
     header = io.BytesIO()
@@ -128,7 +128,7 @@ def _write_blocks(file: _HashedFile, blocks, shape, dtype, row: int, progress: b
         f"{row:,} stamps came where {n:,} were announced; announce what comes, at least one.")
     return file.sha256.hexdigest()
 
-# %% ../nbs/03_dataset.ipynb #55cf712c
+# %% ../nbs/03_dataset.ipynb #3f7a39be
 def _write_catalogue(path, catalogue: Table, rows: np.ndarray, bands, block=5_000) -> str:
     "Write rows of the catalogue as a FITS table, some at a time; return its SHA-256."
     catalogue = tidy_catalogue(catalogue, bands)
@@ -164,7 +164,7 @@ def _finish(folder: Path, catalogue: Table, rows: np.ndarray, sha256: str, **des
     write_json(folder/"description.json",
                description | {"n": len(rows), "galaxies": galaxies, "checksums": sums})
 
-# %% ../nbs/03_dataset.ipynb #12c04b53
+# %% ../nbs/03_dataset.ipynb #b9a8a44e
 def _check_destination(folder: Path, overwrite: bool):
     "Refuse a destination that holds something which may not be replaced."
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())): return
@@ -189,7 +189,7 @@ def _with_objid(chunks, tables: list, bands) -> Iterator:
         tables.append(table)
         yield images, table["objid"]
 
-# %% ../nbs/03_dataset.ipynb #5e12dafc
+# %% ../nbs/03_dataset.ipynb #ac836312
 def write_stamp_set(
     folder,                         # where the set is to be
     chunks: Iterable,               # pairs of images (k, B, H, W) and `Table` of k rows
@@ -220,7 +220,7 @@ def write_stamp_set(
         _check_destination(folder, overwrite)
     return StampSet.open(folder)
 
-# %% ../nbs/03_dataset.ipynb #7cf67930
+# %% ../nbs/03_dataset.ipynb #b61c7d16
 class StampSet:
     "Galaxy stamps and their catalogue in one folder; pixels stay on disk until they are asked for."
     def __init__(self,
@@ -244,7 +244,7 @@ class StampSet:
                 f"in {''.join(self.bands)}, {self.labelled.sum():,} with redshift, "
                 f"{self.images.dtype})")
 
-# %% ../nbs/03_dataset.ipynb #484b2632
+# %% ../nbs/03_dataset.ipynb #d66a9486
 @patch
 def magnitudes(self: StampSet) -> np.ndarray: # (N, B) float32, AB mag
     "Dereddened magnitudes in the order of the bands."
@@ -261,7 +261,7 @@ def labelled(self: StampSet) -> np.ndarray: # (N,) bool
     "True where a galaxy has a spectroscopic redshift."
     return np.isfinite(self.redshifts())
 
-# %% ../nbs/03_dataset.ipynb #e82f9932
+# %% ../nbs/03_dataset.ipynb #671f1b6d
 @contextmanager
 def _judging(path):
     "Say in one sentence whatever goes wrong when the file `path` of a stamp set is read."
@@ -300,7 +300,7 @@ def open(cls: StampSet, folder): # the folder of a stamp set
         check_catalogue(catalogue, description["bands"], folder/"catalogue.fits")
         return cls(folder, images, catalogue, description)
 
-# %% ../nbs/03_dataset.ipynb #bc9c848e
+# %% ../nbs/03_dataset.ipynb #1686f05a
 def _sha256(path) -> str:
     "SHA-256 of a file, which `sha256sum` prints too."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
@@ -313,7 +313,7 @@ def verify(self: StampSet) -> StampSet: # the set itself
             if _sha256(self.folder/name) != sha256: raise ValueError("its checksum is another")
     return self
 
-# %% ../nbs/03_dataset.ipynb #88ac83b0
+# %% ../nbs/03_dataset.ipynb #df087b35
 def row_numbers(rows,         # row numbers, a mask of n, or None for all
                 n: int        # number of rows there are
                ) -> np.ndarray: # (k,) row numbers
@@ -331,7 +331,7 @@ def digest_rows(rows) -> str: # sixteen hexadecimal digits
     "A short fingerprint of an array of row numbers."
     return hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64)).hexdigest()[:16]
 
-# %% ../nbs/03_dataset.ipynb #77471fb4
+# %% ../nbs/03_dataset.ipynb #aefc6561
 class SelectedImages:
     "Some rows of an array of stamps, which are read when they are asked for."
     def __init__(self,
@@ -346,7 +346,10 @@ class SelectedImages:
     def __getitem__(self, key):
         key = key if isinstance(key, tuple) else (key,)
         if key[0] is Ellipsis: key = (slice(None),)*(self.ndim - len(key) + 1) + key[1:]
-        return self.images[(self.rows[key[0]], *key[1:])]
+        rows, rest = self.rows[key[0]], key[1:]
+        if isinstance(key[0], slice) and not all(isinstance(k, (int, slice)) for k in rest):
+            return self.images[rows][(slice(None), *rest)]
+        return self.images[(rows, *rest)]
 
     def __array__(self, dtype=None, copy=None): return np.asarray(self[:], dtype)
 
@@ -366,7 +369,7 @@ def select(self: StampSet,
                     "selection": {"condition": condition, "rows": digest_rows(of_file)}}
     return StampSet(self.folder, SelectedImages(images, of_file), self.catalogue[rows], description)
 
-# %% ../nbs/03_dataset.ipynb #efd58582
+# %% ../nbs/03_dataset.ipynb #a2a3b207
 @dataclass
 class StampSource:
     "Stamps that somebody else keeps: their catalogue, and their pixels block after block."
@@ -412,15 +415,16 @@ def _wanted(source: StampSource,
     if start != n: raise InputError(f"{source.origin} ends after {start:,} of its {n:,} stamps, or "
                                     "is longer than it says; fetch or write it again.")
 
-# %% ../nbs/03_dataset.ipynb #818ef296
+# %% ../nbs/03_dataset.ipynb #e8d4164f
 def _whole_part(images: Path, journal: Path) -> tuple: # its length, and SHA-256 up to there
     "Cut an unfinished file and its journal to what is whole."
     end, good, lines, sha256 = 0, hashlib.sha256(), [], hashlib.sha256()
     if not (images.exists() and journal.exists()): return end, good
+    size = images.stat().st_size
     with open(images, "r+b") as file:
         for line in journal.read_text(errors="replace").splitlines():
             there, _, digest = line.partition(" ")
-            if not there.isdigit() or int(there) <= end: break
+            if not (there.isdigit() and end < int(there) <= size): break
             sha256.update(file.read(int(there) - end))
             if sha256.hexdigest() != digest: break
             end, good = int(there), sha256.copy()
@@ -442,7 +446,7 @@ def _pick_up(part: Path, plan: dict) -> tuple: # length of what is there, SHA-25
     with write_aside(part/"plan.json") as new: new.write_text(plan)
     return 0, hashlib.sha256()
 
-# %% ../nbs/03_dataset.ipynb #d4a743c5
+# %% ../nbs/03_dataset.ipynb #39e3ceb1
 @contextmanager
 def _unfinished(folder: Path, keep: bool):
     "Lock and yield the hidden folder beside `folder`; it stays after an interruption if `keep`."
@@ -466,7 +470,7 @@ def _unfinished(folder: Path, keep: bool):
                                       f"whole in {part}.")
         raise InputError(sentence) from error
 
-# %% ../nbs/03_dataset.ipynb #2451623b
+# %% ../nbs/03_dataset.ipynb #3bac339b
 def write_source(source: StampSource,     # what a reader found
                  folder,                  # where the set is to be
                  dtype: str = "float32",  # of the pixels on disk, or `float16`
@@ -502,7 +506,7 @@ def write_source(source: StampSource,     # what a reader found
         replace(part/"set", folder)
     return StampSet.open(folder)
 
-# %% ../nbs/03_dataset.ipynb #2920bc00
+# %% ../nbs/03_dataset.ipynb #f8a257c3
 def import_arrays(cube,                          # (N, H, W, B) stamps, or (N, B, H, W)
                   catalogue,                     # `Table`, record array, DataFrame or dict
                   folder,                        # where the set is to be
@@ -521,75 +525,3 @@ def import_arrays(cube,                          # (N, H, W, B) stamps, or (N, B
     blocks = lambda first: (cube[k:k + block] for k in range(first, len(cube), block))
     return write_source(StampSource(catalogue, cube.shape, blocks, tuple(bands), unit, pixel_scale,
                                     origin), folder, **settings)
-
-# %% ../nbs/03_dataset.ipynb #1c7d1c39
-def _read_header(member) -> tuple[tuple, bool, np.dtype]:
-    "Shape, Fortran order and type of an array from the start of its `.npy` stream."
-    version = np.lib.format.read_magic(member)
-    read = {(1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in read: raise ValueError(f"version {version} of its header is not known")
-    return read[version](member)
-
-def _read_blocks(member, shape, dtype, block) -> Iterator[np.ndarray]:
-    "Yield an array of `shape` from its stream, `block` rows at a time, in a buffer used again."
-    buffer = np.empty((min(block, shape[0]), *shape[1:]), dtype)
-    for start in range(0, shape[0], block):
-        rows = buffer[:min(block, shape[0] - start)]
-        left = memoryview(rows.view(np.uint8).ravel())
-        while len(left):
-            got = member.readinto(left[:2**22])
-            if not got: raise EOFError(f"it ends soon after {start:,} of {shape[0]:,} stamps")
-            left = left[got:]
-        yield rows
-    if member.read(1): raise ValueError("it is longer than its header says")
-
-# %% ../nbs/03_dataset.ipynb #c5e7612c
-@contextmanager
-def _reading(path):
-    "Say in one sentence whatever goes wrong when the archive `path` is read."
-    try: yield
-    except InputError: raise
-    except OSError as error: raise from_os_error(error, f"reading {path}") from error
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise InputError(f"{path} is not a whole npz file of plain arrays ({error}); fetch it "
-                         "again or save it without objects.") from error
-
-def _check_cube(where, shape, fortran, dtype, bands):
-    "Refuse a cube that is not N stamps of floats with the bands last, in C order."
-    if len(shape) != 4 or shape[3] != len(bands) or dtype.kind != "f": raise InputError(
-        f"{where} has the shape {shape} and type {dtype} where floats of the shape (N, height, "
-        f"width, {len(bands)}) are wanted; save it so, or use import_arrays.")
-    if fortran: raise InputError(f"{where} is in Fortran order, which cannot be streamed; save it "
-                                 "with np.ascontiguousarray, or load it and use import_arrays.")
-
-# %% ../nbs/03_dataset.ipynb #309d75f2
-def import_npz(path,                          # an npz like `sdss.npz`
-               folder,                        # where the set is to be
-               dtype: str = "float32",        # of the pixels on disk, or `float16`
-               block: int = 256,              # stamps in memory at a time
-               cube: str = "cube",            # member with the stamps, (N, H, W, B)
-               labels: str = "labels",        # member with the catalogue, a record array
-               bands: Iterable[str] = BANDS,  # names of the bands, in the cube's order
-               origin: str|None = None,       # where the stamps come from; None: the file's name
-               **settings                     # as for `write_source`
-              ) -> StampSet:                  # the set, opened
-    "Stream an npz into a stamp set; `InputError` if it is damaged, pickled or does not fit."
-    path = Path(path)
-    _check_destination(Path(folder), settings.get("overwrite", False))
-    with _reading(path), zipfile.ZipFile(path) as archive:
-        for name in (cube, labels):
-            if f"{name}.npy" not in archive.namelist(): raise InputError(
-                f"{path} has no array {name!r} but {', '.join(archive.namelist())}; say which to "
-                "take.")
-        with archive.open(f"{labels}.npy") as member:
-            table = np.lib.format.read_array(member, allow_pickle=False)
-        if table.dtype.names is None: raise InputError(
-            f"{labels!r} in {path} has no named columns; save it as a record array.")
-        with archive.open(f"{cube}.npy") as member:
-            shape, fortran, kind = _read_header(member)
-            _check_cube(f"{cube!r} in {path}", shape, fortran, kind, bands)
-            blocks = (np.moveaxis(rows, -1, 1) for rows in _read_blocks(member, shape, kind, block))
-            source = StampSource(table, (shape[0], shape[3], *shape[1:3]), lambda first: blocks,
-                                 tuple(bands), origin=origin or path.name)
-            return write_source(source, folder, dtype, **settings)

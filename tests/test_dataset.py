@@ -1,5 +1,5 @@
 "What would disturb the story of 03_dataset: bad input, real stamps, memory, full disks."
-import json, os, shutil, subprocess, sys, zipfile
+import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 from astropy.table import Table
 
-from astromae.catalogue import EXPERIMENT_1, house_catalogue, required_columns, split
-from astromae.dataset import StampSet, import_arrays, import_npz, write_stamp_set
+from astromae.catalogue import EXPERIMENT_1, duplicates, house_catalogue, required_columns, split
+from astromae.dataset import (SelectedImages, StampSet, StampSource, import_arrays, write_source,
+                              write_stamp_set)
 from astromae.errors import InputError
 from astromae.survey import BANDS
 
@@ -32,14 +33,6 @@ def refused(message, function, *args, **kwargs):
     sentence = str(caught.value)
     assert message in sentence
     assert "\n" not in sentence and sentence.endswith(".")
-
-
-def write_npz(path, cube=None, labels=None, **others):
-    n = 6 if cube is None else len(cube)
-    if cube is None: cube = np.moveaxis(some(n)[0], 1, -1)
-    if labels is None: labels = Table({"specObjID": np.arange(n), "z": np.full(n, 0.1)}).as_array()
-    np.savez(path, cube=cube, labels=labels, **others)
-    return path
 
 
 # --- writing
@@ -227,6 +220,121 @@ def test_part_of_the_galaxies():
     assert {k: len(v) for k, v in split(range(100), {"a": 0.1, "b": 0.2}).items()} == {"a": 10, "b": 20}
 
 
+# --- parts of a set
+
+def test_a_part_of_a_set_reads_as_the_array_would(stamps):
+    rows = np.array([3, 17, 4, 4, 0])
+    part, images = stamps.select(rows), np.asarray(stamps.images)[rows]
+    assert isinstance(part.images, SelectedImages) and (len(part), part.images.shape) == (5, (5, 5, 8, 8))
+    for key in [2, -1, slice(1, 4), [0, 2], np.array([True, False, True, False, False]), Ellipsis,
+                (slice(None), 2), (slice(0, 3), slice(1, 3), 4), ([1, 3], slice(None), slice(2, 4), slice(0, 5)),
+                (Ellipsis, 3), (0, 1, 2, 3), (slice(None), [0, 1])]:
+        np.testing.assert_array_equal(part.images[key], images[key])
+    np.testing.assert_array_equal(np.stack(list(part.images)), images)
+    np.testing.assert_array_equal(np.asarray(part.images, np.float64), images)
+    with pytest.raises(IndexError): part.images[5]
+    np.testing.assert_array_equal(part.magnitudes(), stamps.magnitudes()[rows])
+    np.testing.assert_array_equal(part.catalogue["objid"], rows)
+    assert part.verify().folder == stamps.folder
+
+
+@pytest.mark.parametrize("which", [[], [20], [-1], [True]*19, [0.5], "mag_r > 9", "nothing == 1", [[1, 2]]])
+def test_parts_that_there_are_not(stamps, which):
+    with pytest.raises(InputError): stamps.select(which)
+
+
+def test_conditions_on_columns_of_all_kinds(tmp_path):
+    images, table = some(10)
+    table["class"] = ["GALAXY", "STAR"]*5
+    table["clean"] = np.arange(10) < 5
+    table["big"] = np.arange(10, dtype=np.uint64) + 2**63
+    table["vector"] = np.ones((10, 3))
+    table["dered petro"] = np.arange(10.)
+    table["z_spec"][2:4] = np.nan
+    got = write_stamp_set(tmp_path/"set", [(images, table)], 10)
+    for condition, rows in {"`class` == 'GALAXY'": range(0, 10, 2), "clean and objid > 2": [3, 4],
+                            "`dered petro` < 2.5": range(3), "z_spec > 0": [0, 1, *range(4, 10)],
+                            "not clean": range(5, 10), f"big >= {2**63 + 8}": [8, 9]}.items():
+        assert got.select(condition).catalogue["objid"].tolist() == list(rows)
+
+
+def test_a_part_goes_through_batches_normalisation_split_and_prediction(tmp_path):
+    from astromae.batches import BatchLoader, fit_normalisation
+    from astromae.experiments import split_rows
+    from astromae.training import describe_data
+    stamps = write_stamp_set(tmp_path/"set", [some(400, size=48)], 400)
+    part, rows = stamps.select("objid % 2 == 1"), np.arange(1, 400, 2)
+    copy = write_stamp_set(tmp_path/"copy", [(stamps.images[rows], stamps.catalogue[rows])], 200)
+    for kind in ("standard", "arcsinh"):
+        assert fit_normalisation(part, np.arange(150), kind) == fit_normalisation(copy, np.arange(150), kind)
+    for in_memory in (False, True):
+        made = [BatchLoader(one, range(3, 150), 32, "redshift", device="cpu", in_memory=in_memory)
+                for one in (part, copy)]
+        for a, b in zip(*made, strict=True):
+            for x, y in zip(a, b): np.testing.assert_array_equal(x, y)
+    mine, theirs = split_rows(part, "accuracy"), split_rows(copy, "accuracy")
+    for name in mine: np.testing.assert_array_equal(mine[name], theirs[name])
+    whole = describe_data(stamps, mine["train"], mine["valid"])
+    other = describe_data(stamps.select("objid % 2 == 0"), mine["train"], mine["valid"])
+    described = describe_data(part, mine["train"], mine["valid"])
+    assert len({json.dumps(one) for one in (whole, other, described)}) == 3
+    assert described == describe_data(stamps.select(rows), mine["train"], mine["valid"])
+
+
+# --- the same galaxy twice
+
+def test_duplicates_against_all_pairs():
+    rng = np.random.default_rng(0)
+    ra, dec = 359.99 + 0.02*rng.random(300), 60 + 0.01*rng.random(300)
+    table = Table({"objid": rng.integers(0, 280, 300), "ra": ra % 360, "dec": dec})
+    x = np.stack([(ra - 360)*np.cos(np.radians(60)), dec - 60])*3600
+    near = (np.hypot(*(x[:, :, None] - x[:, None])) < 1) | np.equal.outer(*[np.asarray(table["objid"])]*2)
+    for _ in range(9): near = (near.astype(int) @ near) > 0
+    galaxy = duplicates(table)
+    np.testing.assert_array_equal(np.equal.outer(galaxy, galaxy), near)
+    assert 1 < len(np.unique(galaxy)) < 270
+
+
+def test_positions_that_are_not_known_make_no_duplicates():
+    table = Table({"objid": range(6), "ra": [np.nan, np.nan, 0, -9999, 5, 5], "dec": [np.nan, 3, np.nan, -9999, 91, 91]})
+    assert len(np.unique(duplicates(table))) == 6
+    assert len(np.unique(duplicates(Table({"objid": [1, 1], "ra": [0., 90], "dec": [0., 0]})))) == 1
+    masked = Table({"objid": [1, 2], "ra": np.ma.array([0., 0], mask=[0, 1]), "dec": [0., 0]})
+    assert len(np.unique(duplicates(masked))) == 2
+
+
+def test_many_stamps_of_one_galaxy_are_quick():
+    n = 200_000
+    table = Table({"objid": range(n), "ra": np.full(n, 10.), "dec": np.zeros(n)})
+    begun = time.perf_counter()
+    assert not duplicates(table).any()
+    assert time.perf_counter() - begun < 5
+
+
+def test_an_import_tells_of_duplicates(tmp_path):
+    images, table = some(10)
+    table["ra"], table["dec"] = [0., 0, 0, 1, 2, 3, 4, 5, 6, 7], [0, 0.5/3600, 1/3600, 0, 0, 0, 0, 0, 0, 0]
+    got = write_stamp_set(tmp_path/"set", [(images, table)], 10)
+    assert got.description["galaxies"] == 8
+    assert "10 stamps of 8 galaxies, " in repr(got)
+
+
+def test_the_packaged_galaxies_are_split_as_ever():
+    from astromae.simulate import packaged_catalogue
+    table = packaged_catalogue()
+    for a, b in zip(split(table).values(), split(table["objid"]).values()): np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_position_on_two_sides(seed):
+    rng = np.random.default_rng(seed)
+    which = rng.integers(0, 2000, 5000)
+    ra, dec = rng.uniform(150, 160, 2000)[which], rng.uniform(0, 9, 2000)[which]
+    table = Table({"objid": rng.permutation(5000), "ra": ra, "dec": dec + rng.uniform(-0.4, 0.4, 5000)/3600})
+    sides = [set(which[rows].tolist()) for rows in split(table, seed=seed).values()]
+    assert sum(map(len, sides)) == len(set.union(*sides)) == len(set(which))
+
+
 # --- importing
 
 def test_known_and_unknown_columns():
@@ -243,6 +351,26 @@ def test_known_and_unknown_columns():
     np.testing.assert_array_equal(ours["z_spec"], [0.1, np.nan, 0.2])
     kept = {"magerr_g", "ext_g", "modelMag_g", "cModelMag_g", "EBV", "z_err", "petroR50_r"}
     assert kept <= set(ours.colnames)
+
+
+def test_extinction_from_the_catalogue_before_reddening():
+    mags = {f"modelMag_{band}": [17.0, -9999] for band in BANDS}
+    both = {"EBV": [0.1, 0.1], "extinction_r": [0.2, 0.2]}
+    ours, _ = house_catalogue(mags | both, 2)
+    np.testing.assert_allclose(ours["mag_r"], [16.8, np.nan])
+    np.testing.assert_allclose(ours["mag_u"], [17 - 0.5155, np.nan])
+    np.testing.assert_allclose(ours["ext_u"], 0.5155)
+    ours, _ = house_catalogue(mags | {"ebv": [-9999, 0.1]}, 2)
+    assert np.isnan(ours["mag_r"]).all()
+    dered = {f"dered_{band}": [17.0, 18.0] for band in BANDS}
+    assert house_catalogue(mags | dered, 2)[0]["mag_r"].tolist() == [17, 18]
+
+
+def test_magnitudes_that_cannot_be_dereddened():
+    mags = {f"modelMag_{band}": [17.0, 18.0] for band in BANDS}
+    refused("add a column ebv", house_catalogue, mags, 2)
+    refused("no coefficient for the band 'y'", house_catalogue, {"modelMag_y": [1., 2], "ebv": [0, 0]}, 2, "y")
+    assert house_catalogue({"modelMag_y": [1., 2], "extinction_y": [0.5, 0.5]}, 2, "y")[0]["mag_y"][0] == 0.5
 
 
 def test_the_photometric_name_goes_before_the_spectroscopic_one():
@@ -278,88 +406,236 @@ def test_arrays_in_either_channel_order(tmp_path):
     refused("the shape (10, 8, 5, 8) where (N, 5,", import_arrays, images, table, tmp_path/"wrong")
 
 
-@pytest.mark.parametrize("compress, big_endian", [(False, False), (True, False), (False, True)])
-def test_npz_stored_deflated_and_of_another_machine(tmp_path, compress, big_endian):
-    images, table = some(50)
-    cube = np.moveaxis(images, 1, -1).astype(">f4" if big_endian else "<f4", order="C")
-    labels = table.as_array()
-    (np.savez_compressed if compress else np.savez)(tmp_path/"a.npz", cube=cube, labels=labels)
-    got = import_npz(tmp_path/"a.npz", tmp_path/"set", block=7)
-    np.testing.assert_array_equal(got.images, images)
-    np.testing.assert_array_equal(got.catalogue["objid"], table["objid"])
-    assert got.origin == "a.npz"
+# --- from a source
+
+def source(n=100, first=0, block=10, **settings):
+    "A source with a fingerprint, and its images."
+    images, table = some(n, first)
+    def blocks(first): return (images[k:k + block] for k in range(first, n, block))
+    made = StampSource(table, images.shape, blocks, origin="a.npz", fingerprint={"path": "a.npz"})
+    for name, value in settings.items(): setattr(made, name, value)
+    return made, images
 
 
-def test_npz_with_objects_is_not_unpickled(tmp_path):
-    labels = np.array([(1, {"z": 0.1})]*6, dtype=[("objid", int), ("z", object)])
-    refused("not a whole npz file of plain arrays", import_npz,
-            write_npz(tmp_path/"a.npz", labels=labels), tmp_path/"set")
-    refused("type object", import_npz, write_npz(
-        tmp_path/"b.npz", cube=np.full((6, 8, 8, 5), None)), tmp_path/"set")
+@pytest.mark.parametrize("dtype", [">f4", "<f8", "f2", "f4"])
+def test_any_kind_of_floats_in_a_buffer_that_is_used_again(tmp_path, dtype):
+    made, images = source()
+    def blocks(first):
+        buffer = np.empty((7, 5, 8, 8), dtype)
+        for k in range(first, 100, 7):
+            part = buffer[:min(7, 100 - k)]
+            part[:] = images[k:k + 7]
+            yield part
+        buffer[:] = np.nan
+    made.blocks = blocks
+    got = write_source(made, tmp_path/"set").verify()
+    np.testing.assert_array_equal(got.images, images.astype(dtype).astype(np.float32))
 
 
-@pytest.mark.parametrize("cube, message", [
-    (np.zeros((6, 5, 8, 8), np.float32), "(6, 5, 8, 8)"),
-    (np.zeros((6, 8, 8), np.float32), "(6, 8, 8)"),
-    (np.zeros((6, 8, 8, 5), int), "int64"),
-    (np.asfortranarray(np.zeros((6, 8, 8, 5), np.float32)), "Fortran order"),
+def test_a_selection_and_a_crop_while_importing(tmp_path):
+    made, images = source(pixel_scale=0.2, unit="count")
+    made.catalogue["petro"] = np.arange(100.)
+    got = write_source(made, tmp_path/"set", crop=5, where="petro < 35 and petro % 2 == 1", dtype="float16")
+    np.testing.assert_array_equal(got.images, images[1:35:2, :, 2:7, 2:7].astype(np.float16))
+    assert got.images[0, 0, 2, 2] == images[1, 0, 4, 4].astype(np.float16)
+    assert (got.pixel_scale, got.unit, got.description["n"]) == (0.2, "count", 17)
+    np.testing.assert_array_equal(got.catalogue["petro"], np.arange(1, 35, 2))
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"shape": (100, 4, 8, 8)}, "(N, 5, height, width)"), ({"bands": tuple("gri")}, "(N, 3, height, width)"),
+    ({"shape": (99, 5, 8, 8)}, "100 rows for 99 stamps"), ({"shape": (101, 5, 8, 8)}, "100 rows for 101 stamps"),
+    ({"blocks": lambda first: [np.zeros((60, 5, 8, 8))]}, "ends after 60 of its 100"),
+    ({"blocks": lambda first: [np.zeros((60, 5, 8, 8))]*2}, "is longer than it says"),
+    ({"blocks": lambda first: [np.zeros((100, 5, 8, 9))]}, "shape (5, 8, 9) from row 0"),
+    ({"blocks": lambda first: [np.zeros((100, 5, 8, 8), int)]}, "type int64"),
+    ({"blocks": lambda first: [np.full((100, 5, 8, 8), None)]}, "type object"),
+    ({"blocks": lambda first: [np.full((100, 5, 8, 8), np.nan)]}, "not finite"),
+    ({"catalogue": {"objid": [1], "z": [1, 2]}}, "a.npz is no table"),
+    ({"catalogue": np.zeros(100)}, "no named columns"),
+    ({"catalogue": {"ra": np.zeros(100), "RA": np.zeros(100)}}, "several columns called 'ra'"),
+    ({"catalogue": {"z": ["far"]*100}}, "the column 'z_spec' of a.npz must be numbers"),
+    ({"catalogue": {"z": np.zeros((100, 2))}}, "the column 'z_spec' of a.npz must be numbers"),
 ])
-def test_npz_with_another_cube(tmp_path, cube, message):
-    refused(message, import_npz, write_npz(tmp_path/"a.npz", cube=cube), tmp_path/"set")
+def test_sources_that_do_not_fit_leave_nothing(tmp_path, stamps, change, message):
+    refused(message, write_source, source(**change)[0], stamps.folder, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    assert len(StampSet.open(stamps.folder).verify()) == 20
 
 
-def test_npz_whose_parts_do_not_belong_together(tmp_path):
-    labels = Table({"z": np.full(7, 0.1)}).as_array()
-    refused("7 rows for 6 stamps", import_npz, write_npz(tmp_path/"a.npz", labels=labels), tmp_path/"set")
-    refused("no named columns", import_npz, write_npz(tmp_path/"b.npz", labels=np.zeros(6)), tmp_path/"set")
-    refused("no array 'labels'", import_npz, _save(tmp_path/"c.npz", cube=np.zeros(3)), tmp_path/"set")
-    refused("check the path", import_npz, tmp_path/"none.npz", tmp_path/"set")
+@pytest.mark.parametrize("settings, message", [
+    ({"crop": 9}, "8 x 8 pixels are smaller"), ({"crop": 0}, "8 x 8 pixels are smaller"),
+    ({"where": "mag_r <"}, "cannot be understood"), ({"where": "mag_rr < 3"}, "'mag_rr', which is no column"),
+    ({"where": "mag_r > 99"}, "no galaxy of a.npz"), ({"where": "mag_r"}, "true or false"),
+    ({"where": "@pd.read_csv('x')"}, "'pd', which is no column"), ({"where": ""}, "understood"), ({"dtype": "int8"}, "int8"),
+])
+def test_settings_of_an_import_that_make_no_sense(tmp_path, settings, message):
+    refused(message, write_source, source()[0], tmp_path/"set", **settings)
+    assert list(tmp_path.iterdir()) == []
 
 
-def _save(path, **arrays):
-    np.savez(path, **arrays)
-    return path
+def test_a_table_with_one_name_twice(tmp_path):
+    frame = pd.DataFrame([[1, 0.1, 0.2]]*100, columns=["objid", "z", "z"])
+    refused("is no table", write_source, source(catalogue=frame)[0], tmp_path/"set")
 
 
-def test_npz_that_was_damaged(tmp_path):
-    path = write_npz(tmp_path/"a.npz", cube=np.random.default_rng(0).random((50, 8, 8, 5), np.float32))
-    whole = path.read_bytes()
-    (tmp_path/"cut.npz").write_bytes(whole[:-100])
-    (tmp_path/"text.npz").write_text("<html>not found</html>")
-    flipped = bytearray(whole)
-    flipped[5000] ^= 1
-    (tmp_path/"flipped.npz").write_bytes(flipped)
-    with zipfile.ZipFile(tmp_path/"short.npz", "w") as new, zipfile.ZipFile(path) as old:
-        new.writestr("cube.npy", old.read("cube.npy")[:-999])
-        new.writestr("labels.npy", old.read("labels.npy"))
-    for name in ("cut", "text", "flipped", "short"):
-        refused(f"{name}.npz is not a whole npz file", import_npz, tmp_path/f"{name}.npz", tmp_path/"set")
-    assert not (tmp_path/"set").exists()
+SLOW = """
+import sys, time
+from test_dataset import *
+folder, asked = Path(sys.argv[1]), []
+made, images = source(1000)
+quick = made.blocks
+def blocks(first):
+    print(first, flush=True)
+    for rows in quick(first):
+        time.sleep({pause})
+        yield rows
+made.blocks = blocks
+try: write_source(made, folder, where="objid >= 100")
+except InputError as error: sys.exit(str(error))
+"""
 
 
-def test_a_cube_larger_than_the_memory_allowed_passes_through(tmp_path):
-    n, rows = 5000, np.random.default_rng(0).standard_normal((100, 64, 64, 5)).astype(np.float32)
-    with zipfile.ZipFile(tmp_path/"large.npz", "w") as archive:
-        with archive.open("cube.npy", "w", force_zip64=True) as member:
-            np.lib.format.write_array_header_1_0(member, {
-                "descr": "<f4", "fortran_order": False, "shape": (n, 64, 64, 5)})
-            for _ in range(n//100): member.write(rows.tobytes())
-        with archive.open("labels.npy", "w") as member:
-            np.save(member, Table({"specObjID": np.arange(n), "z": np.full(n, 0.1)}).as_array())
+def importing(folder, pause):
+    return subprocess.Popen([sys.executable, "-c", SLOW.format(pause=pause), folder], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parent)
+
+
+def wait_for_lines(journal, n):
+    while not journal.exists() or len(journal.read_text().splitlines()) < n: time.sleep(0.02)
+
+
+def test_it_goes_on_after_kills_and_two_at_once_are_refused(tmp_path):
+    journal, firsts = tmp_path/".set.unfinished"/"journal", []
+    for goal in (10, 30):
+        running = importing(tmp_path/"set", 0.05)
+        wait_for_lines(journal, goal)
+        if goal == 30:
+            refused("another import is writing", write_source, source()[0], tmp_path/"set")
+            refused("another import is writing", write_source, source()[0], tmp_path/"set", overwrite=True)
+        running.send_signal(signal.SIGKILL)
+        firsts.append(int(running.communicate()[0]))
+    with open(tmp_path/".set.unfinished"/"set"/"images.npy", "ab") as file: file.write(b"half a bl")
+    last = importing(tmp_path/"set", 0)
+    out, complaint = last.communicate()
+    assert last.returncode == 0, complaint
+    firsts.append(int(out))
+    assert firsts[0] == 100 and 180 <= firsts[1] < firsts[2] and firsts[2] >= 380
+    assert all(first % 10 == 0 for first in firsts)
+    np.testing.assert_array_equal(StampSet.open(tmp_path/"set").verify().images, source(1000)[1][100:])
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def interrupt(made, after, error=KeyboardInterrupt):
+    whole = made.blocks
+    def blocks(first):
+        for k, rows in enumerate(whole(first)):
+            if k == after: raise error
+            yield rows
+    made.blocks = blocks
+    return made
+
+
+def spy(made):
+    asked, whole = [], made.blocks
+    def blocks(first):
+        asked.append(first)
+        return whole(first)
+    made.blocks = blocks
+    return made, asked
+
+
+@pytest.mark.parametrize("spoil, expected", [
+    (lambda part: None, 50),
+    (lambda part: os.truncate(part/"set"/"images.npy", 50_000), 30),
+    (lambda part: (part/"set"/"images.npy").write_bytes(b"\0"*20_000), 0),
+    (lambda part: (part/"set"/"images.npy").unlink(), 0),
+    (lambda part: (part/"journal").write_bytes(b"\0"*300), 0),
+    (lambda part: (part/"journal").write_text((part/"journal").read_text()[:-30]), 40),
+    (lambda part: (part/"journal").write_text("999999999999999 abc"), 0),
+    (lambda part: (part/"plan.json").write_text("{"), 0),
+])
+def test_only_what_is_whole_is_gone_on_from(tmp_path, spoil, expected):
+    with pytest.raises(KeyboardInterrupt): write_source(interrupt(source()[0], 5), tmp_path/"set")
+    spoil(tmp_path/".set.unfinished")
+    (made, asked), images = spy(source()[0]), source()[1]
+    np.testing.assert_array_equal(write_source(made, tmp_path/"set").verify().images, images)
+    assert asked == [expected]
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "float16"}, {"crop": 6}, {"where": "objid > 3"}])
+def test_another_import_starts_anew(tmp_path, settings):
+    with pytest.raises(KeyboardInterrupt): write_source(interrupt(source()[0], 5), tmp_path/"set")
+    made, asked = spy(source()[0])
+    write_source(made, tmp_path/"set", **settings).verify()
+    assert asked[0] < 5
+
+
+def test_a_source_that_cannot_be_told_from_others_starts_anew(tmp_path):
+    made, _ = source(fingerprint={})
+    with pytest.raises(KeyboardInterrupt): write_source(interrupt(made, 5), tmp_path/"set")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_half_way(tmp_path, stamps):
+    code = f"""
+import resource, signal
+from test_dataset import *
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+refused("it goes on from what is whole in", write_source, source()[0], {str(stamps.folder)!r}, overwrite=True)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+    assert len(StampSet.open(stamps.folder).verify()) == 20
+    (made, asked), images = spy(source()[0]), source()[1]
+    np.testing.assert_array_equal(write_source(made, stamps.folder, overwrite=True).images, images)
+    assert asked == [30]
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_destination_that_holds_something_else(tmp_path, stamps):
+    (tmp_path/"thesis.tex").write_text("years of work")
+    refused("is no stamp set", write_source, source()[0], tmp_path, overwrite=True)
+    refused("is no stamp set", write_source, source()[0], tmp_path/"thesis.tex", overwrite=True)
+    refused("there already", write_source, source()[0], stamps.folder)
+    assert (tmp_path/"thesis.tex").read_text() == "years of work"
+
+
+def test_what_came_meanwhile_is_not_replaced(tmp_path):
+    made, _ = source()
+    made.blocks = interrupt(made, 99).blocks
+    whole = made.blocks
+    def blocks(first):
+        write_stamp_set(tmp_path/"set", [some(10)], 10)
+        return whole(first)
+    made.blocks = blocks
+    refused("there already", write_source, made, tmp_path/"set")
+    assert len(StampSet.open(tmp_path/"set")) == 10
+
+
+def test_memory_does_not_grow_with_the_set(tmp_path):
     code = f"""
 import resource
-from pathlib import Path
-from astromae.dataset import import_npz
-folder = Path({str(tmp_path)!r})
+from test_dataset import *
+n, images = 120_000, np.random.default_rng(0).standard_normal((100, 5, 16, 16)).astype(np.float32)
+names = [f"column_{{k}}" for k in range(60)]
+table = np.zeros(n, [("specObjID", np.int64), ("z", float)] + [(name, float) for name in names])
+table["specObjID"] = np.arange(n)
+made = StampSource(table, (n, 5, 16, 16), lambda first: (images[:n - k] for k in range(first, n, 100)))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-import_npz(folder/"large.npz", folder/"set", dtype="float16", block=256)
+write_source(made, {str(tmp_path/"set")!r}, where="z < 1 and specObjID > 5")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    size = (tmp_path/"large.npz").stat().st_size/2**20
-    assert size > 380 and int(done.stdout)/2**10 < 150  # MiB
-    got = StampSet.open(tmp_path/"set")
-    np.testing.assert_allclose(got.images[-100:], np.moveaxis(rows, -1, 1), rtol=1e-3, atol=1e-6)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
+                          cwd=Path(__file__).parent)
+    assert (tmp_path/"set"/"images.npy").stat().st_size > 600e6
+    assert int(done.stdout)/2**10 < 130  # MiB
+
+
+def test_no_torch_is_needed_up_to_here():
+    code = "import sys, astromae.dataset; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 # --- real stamps
@@ -368,15 +644,6 @@ def real(name):
     path = DATA/"sdss-stamps"/name
     if not path.exists(): pytest.skip(f"{path} is not here: real SDSS stamps are not part of the project")
     return path
-
-
-def test_real_stamps_from_an_npz(tmp_path):
-    got = import_npz(real("stamps_r20.npz"), tmp_path/"set", labels="meta")
-    assert got.images.shape == (114, 5, 64, 64) and not got.labelled.any()
-    assert {"objid", "z_spec", "mag_r"} <= set(got.description["filled"])
-    assert {"field", "rmag_auto", "r50_arcsec"} <= set(got.catalogue.colnames)
-    centre = got.images[:, 2, 30:35, 30:35].mean((1, 2))
-    assert (centre > np.median(got.images[:, 2, :8], (1, 2))).all()
 
 
 def test_real_stamps_from_arrays(tmp_path):
