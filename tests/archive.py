@@ -21,7 +21,8 @@ from astropy.table import Table
 from astromae.survey import BANDS
 
 PAGE = b"<html><head><title>SDSS</title></head><body><h1>Service Unavailable</h1></body></html>"
-MOODS = ("closes", "busy", "broken", "slow", "half", "half without length", "truncated", "wrong", "page", "empty")
+MOODS = ("closes", "busy", "broken", "slow", "half", "half without length", "truncated", "wrong", "page",
+         "empty")
 
 
 def small_frame(band, run, camcol, field, seed=0) -> bytes:
@@ -153,8 +154,7 @@ class SkyServer:
         near = re.search(r"dbo\.fGetNearbyObjEq\(([^,]+),([^,]+),([^)]+)\)", sql)
         if near:
             found = ",".join(f"({number})" for number in self.nearby(*map(float, near.groups())))
-            found = f"(SELECT column1 AS objID FROM (VALUES {found}))"
-            sql = sql.replace(near[0], found if near else "")
+            sql = sql.replace(near[0], f"(SELECT column1 AS objID FROM (VALUES {found}))")
         return sql.replace("dbo.", "").replace("#upload", "upload_").replace("#x", "x_")
 
     def run(self, sql, **tables) -> bytes:

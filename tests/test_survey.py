@@ -1,4 +1,5 @@
 "What would disturb the story of frames and catalogues: servers that misbehave, killed processes, bad input."
+import bz2
 import errno
 import os
 import signal
@@ -24,8 +25,11 @@ from astromae.survey import BANDS, check_frame, fetch_frames, find_frame, frame_
 FIELDS = [(3918, 3, 213), (1035, 6, 17)]
 PLACES = [(band, *field) for field in FIELDS for band in BANDS]
 FRAMES = {archive_path(*place): small_frame(*place, seed=k) for k, place in enumerate(PLACES)}
-CATALOGUE = Table({name: np.repeat(values, 3) for name, values in zip(("run", "camcol", "field"), zip(*FIELDS))})
+CATALOGUE = Table(dict(zip(("run", "camcol", "field"), np.repeat(FIELDS, 3, axis=0).T)))
 AT_ONCE = Retry(total=1)  # one repetition, without a wait
+
+
+def on_fields(run, camcol, field) -> Table: return Table({"run": run, "camcol": camcol, "field": field})
 
 
 def refused(message, function, *args, **kwargs):
@@ -72,9 +76,10 @@ def test_whatever_the_archive_does_the_set_gets_whole(archive, tmp_path_factory,
 
 
 @pytest.mark.parametrize("mood, reason", [
-    ("closes", "cannot be reached"), ("busy", "503"), ("broken", "500"), ("slow", "did not answer in time"),
-    ("half", "broke off half way"), ("half without length", "cut off or damaged"), ("page", "a web page"),
-    ("truncated", "cut off or damaged"), ("empty", "no FITS file"), ("wrong", "is band u of 1-1-11 and not")])
+    ("closes", "cannot be reached"), ("busy", "503"), ("broken", "500"), ("page", "a web page"),
+    ("slow", "did not answer in time"), ("half", "broke off half way"), ("empty", "no FITS file"),
+    ("half without length", "cut off or damaged"), ("truncated", "cut off or damaged"),
+    ("wrong", "is band u of 1-1-11 and not")])
 def test_each_trouble_has_its_reason(archive, tmp_path, mood, reason):
     path = archive_path("r", 3918, 3, 213)
     archive.moods[path] = [mood]*2
@@ -87,10 +92,12 @@ def test_each_trouble_has_its_reason(archive, tmp_path, mood, reason):
 
 
 def test_real_frames_come_byte_for_byte(shared_data, tmp_path):
-    real = {archive_path(*place): (shared_data/"sdss-frames"/frame_name(*place)).read_bytes() for place in PLACES[:5]}
+    read = lambda *place: (shared_data/"sdss-frames"/frame_name(*place)).read_bytes()
+    real = {archive_path(*place): read(*place) for place in PLACES[:5]}
+    moods = ("half", "truncated", "wrong", "page", "slow")
     with serving(Archive(real)) as archive:
-        archive.slowness, archive.wrong = 2., (shared_data/"sdss-frames"/frame_name("u", *FIELDS[1])).read_bytes()
-        archive.moods = {path: [mood] for path, mood in zip(real, ("half", "truncated", "wrong", "page", "slow"))}
+        archive.slowness, archive.wrong = 2., read("u", *FIELDS[1])
+        archive.moods = {path: [mood] for path, mood in zip(real, moods)}
         summary = fetch(archive, tmp_path, timeout=1., catalogue=CATALOGUE[:1])
     assert summary.complete and summary.size == sum(map(len, real.values()))
     assert frames_in(tmp_path) == {Path(path).name: body for path, body in real.items()}
@@ -118,8 +125,8 @@ def test_without_a_server_it_stops_early_and_says_so(archive, tmp_path):
     assert fetch(archive, tmp_path, bands="r").complete
     archive.shutdown()
     archive.server_close()
-    many = Table({"run": np.full(300, 3918), "camcol": np.full(300, 3), "field": 213 + np.arange(300)})
-    summary = fetch_frames(many, tmp_path, server=f"{archive.url}/sas", retries=AT_ONCE, progress=False)
+    many = on_fields([3918]*300, [3]*300, 213 + np.arange(300))
+    summary = fetch(archive, tmp_path, catalogue=many)
     assert len(summary.failed) == 1499 and set(summary.failed.values()) == {
         "the server cannot be reached", "not tried: the server cannot be reached"}
     assert [path.name for path in summary.already] == [frame_name("r", 3918, 3, 213)]
@@ -133,8 +140,8 @@ from astromae.{module} import {function}
 """
 
 def start(module, function, call):
-    return subprocess.Popen([sys.executable, "-c", KILLED.format(module=module, function=function, call=call)],
-                            stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    script = KILLED.format(module=module, function=function, call=call)
+    return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
 
 def wait_for(condition, process, seconds=60):
     started = time.time()
@@ -146,12 +153,11 @@ def wait_for(condition, process, seconds=60):
 def test_a_killed_fetch_loses_nothing(archive, tmp_path):
     archive.slowness = 0.15
     archive.moods = {path: ["slow"] for path in FRAMES}
-    archive.files[archive_path("z", 1035, 6, 17)] = big = small_frame("z", 1035, 6, 17) + bytes(30_000_000)
-    (tmp_path/"catalogue.ecsv").parent.mkdir(exist_ok=True)
-    CATALOGUE.write(tmp_path/"catalogue.ecsv")
-    folder = tmp_path/"frames"
-    process = start("survey", "fetch_frames", f"fetch_frames(Table.read({str(tmp_path/'catalogue.ecsv')!r}), "
-                    f"{str(folder)!r}, parallel=1, server='{archive.url}/sas')")
+    catalogue, folder = tmp_path/"catalogue.ecsv", tmp_path/"frames"
+    CATALOGUE.write(catalogue)
+    call = (f"fetch_frames(Table.read({str(catalogue)!r}), {str(folder)!r}, parallel=1, "
+            f"server='{archive.url}/sas')")
+    process = start("survey", "fetch_frames", call)
     wait_for(lambda: folder.exists() and len(frames_in(folder)) >= 3, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -159,10 +165,9 @@ def test_a_killed_fetch_loses_nothing(archive, tmp_path):
     assert 3 <= len(whole) < 10 and all(body == ORIGINALS[name] for name, body in whole.items())
     archive.asked.clear()
     archive.moods.clear()
-    archive.files[archive_path("z", 1035, 6, 17)] = ORIGINALS[frame_name("z", 1035, 6, 17)]
     assert fetch(archive, folder).complete
     assert {Path(path).name for path in archive.asked} == set(ORIGINALS) - set(whole)
-    assert frames_in(folder) == ORIGINALS and len(big) > 30_000_000
+    assert frames_in(folder) == ORIGINALS
 
 
 def test_a_body_left_by_a_killed_process_is_cleared_away(archive, tmp_path):
@@ -176,7 +181,6 @@ def test_a_body_left_by_a_killed_process_is_cleared_away(archive, tmp_path):
 
 
 def test_frames_that_lie_there_are_used(archive, tmp_path):
-    import bz2
     tree = tmp_path/"301"/"3918"/"3"
     tree.mkdir(parents=True)
     (tree/frame_name("g", 3918, 3, 213)).write_bytes(ORIGINALS[frame_name("g", 3918, 3, 213)])
@@ -217,10 +221,10 @@ def test_a_full_disk_is_one_sentence(archive, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change, message", [
     (dict(catalogue=CATALOGUE["run", "field"]), "no column 'camcol'"),
-    (dict(catalogue=Table({"run": [3918, 0], "camcol": [3, 1], "field": [213, 12]})), "row 1 of the catalogue"),
-    (dict(catalogue=Table({"run": [3918], "camcol": [7], "field": [213]})), "row 0 of the catalogue"),
-    (dict(catalogue=Table({"run": [np.nan], "camcol": [3], "field": [213]})), "are nan, 3, 213"),
-    (dict(catalogue=Table({"run": ["x"], "camcol": [3], "field": [213]})), "must be whole numbers"),
+    (dict(catalogue=on_fields([3918, 0], [3, 1], [213, 12])), "row 1 of the catalogue"),
+    (dict(catalogue=on_fields([3918], [7], [213])), "row 0 of the catalogue"),
+    (dict(catalogue=on_fields([np.nan], [3], [213])), "are nan, 3, 213"),
+    (dict(catalogue=on_fields(["x"], [3], [213])), "must be whole numbers"),
     (dict(bands="gry"), "no band 'y'"), (dict(parallel=0), "fetch nothing"),
     (dict(server="data.sdss.org"), "must begin with http")])
 def test_bad_requests_for_frames_are_refused(tmp_path, change, message):
@@ -235,14 +239,16 @@ PHOTOMETRY, SPECTRA = invented_sky()
 BEST = SPECTRA[SPECTRA["sciencePrimary"] == 1].set_index("bestObjID")
 BOTH = PHOTOMETRY.merge(SPECTRA[SPECTRA["sciencePrimary"] == 1], left_on="objID", right_on="bestObjID")
 PAPER = BOTH[(BOTH["class"] == "GALAXY") & (BOTH["survey"] == "sdss") & (BOTH["targetType"] == "SCIENCE")
-             & (BOTH["zWarning"] == 0) & (BOTH["clean"] == 1) & (BOTH["insideMask"] == 0)].sort_values("objID")
+             & (BOTH["zWarning"] == 0) & (BOTH["clean"] == 1) & (BOTH["insideMask"] == 0)]
+PAPER = PAPER.sort_values("objID")
 MAIN = PAPER[(PAPER["z"] <= 0.4) & (PAPER["petroMag_r"] - PAPER["extinction_r"] <= 17.8)
              & (PAPER["legacy_target1"] >= 64)]
 
 
 @pytest.fixture
 def sky(tmp_path):
-    with serving(Archive(database=SkyServer(tmp_path/"sky.db", PHOTOMETRY, SPECTRA))) as archive: yield archive
+    database = SkyServer(tmp_path/"sky.db", PHOTOMETRY, SPECTRA)
+    with serving(Archive(database=database)) as archive: yield archive
 
 
 def query(sky, out, *args, **options):
@@ -262,9 +268,10 @@ def test_columns_are_the_house_s(sky, tmp_path):
     returned = query(sky, tmp_path/"paper.fits")
     assert all(returned[name].dtype.isnative for name in returned.colnames)
     table = Table.read(tmp_path/"paper.fits", mask_invalid=False)
-    for ours, theirs in (("ra", "ra"), ("mag_r", "dered_r"), ("magerr_z", "modelMagErr_z"), ("ext_u", "extinction_u"),
-                         ("petromag_r", "petroMag_r"), ("petrorad_r", "petroRad_r"), ("z_spec", "z"),
-                         ("z_err", "zErr"), ("z_warning", "zWarning"), ("primtarget", "legacy_target1")):
+    for ours, theirs in (("ra", "ra"), ("mag_r", "dered_r"), ("magerr_z", "modelMagErr_z"),
+                         ("ext_u", "extinction_u"), ("petromag_r", "petroMag_r"),
+                         ("petrorad_r", "petroRad_r"), ("z_spec", "z"), ("z_err", "zErr"),
+                         ("z_warning", "zWarning"), ("primtarget", "legacy_target1")):
         np.testing.assert_allclose(table[ours], PAPER[theirs], rtol=1e-12)
     np.testing.assert_allclose(table["ebv"], PAPER["extinction_r"]/2.751)
     np.testing.assert_allclose(table["dered_petro_r"], PAPER["petroMag_r"] - PAPER["extinction_r"])
@@ -277,8 +284,9 @@ def test_regions(sky, tmp_path):
     inside = ((PAPER["ra"] >= 300) | (PAPER["ra"] < 60)) & PAPER["dec"].between(0, 40)
     assert list(box["objid"]) == list(PAPER["objID"][inside]) and len(box) > 10
     circle = query(sky, tmp_path/"circle.fits", region=(180, 20, 40))
-    near = SkyCoord(PAPER["ra"], PAPER["dec"], unit="deg").separation(SkyCoord(180, 20, unit="deg")).deg <= 40
-    assert list(circle["objid"]) == list(PAPER["objID"][near & (PAPER["mode"] == 1)]) and len(circle) > 10
+    places, centre = SkyCoord(PAPER["ra"], PAPER["dec"], unit="deg"), SkyCoord(180, 20, unit="deg")
+    near = (places.separation(centre).deg <= 40) & (PAPER["mode"] == 1)
+    assert list(circle["objid"]) == list(PAPER["objID"][near]) and len(circle) > 10
 
 
 @pytest.mark.parametrize("chunk, limit", [(1, 9), (50, None), (len(PAPER), None), (500_000, 11), (10, 25)])
@@ -329,8 +337,9 @@ def test_sql_of_one_s_own(sky, tmp_path):
     assert {"objid", "mag_r", "z_spec", "class"} <= set(found.colnames)
     assert len(found) == len(np.unique(found["objid"])) > 20
     assert set(Table.read(tmp_path/"found.fits")["class"]) <= {"GALAXY", "QSO"}
-    refused("does not accept the query", query, sky, tmp_path/"no.fits", sql="SELECT objID, redshift FROM SpecObjAll")
-    refused("no galaxy like that", query, sky, tmp_path/"no.fits", sql="SELECT objID FROM PhotoObjAll WHERE ra<0")
+    for reason, sql in (("does not accept the query", "SELECT objID, redshift FROM SpecObjAll"),
+                        ("no galaxy like that", "SELECT objID FROM PhotoObjAll WHERE ra<0")):
+        refused(reason, query, sky, tmp_path/"no.fits", sql=sql)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.fits", "sky.db"]
 
 
@@ -402,13 +411,17 @@ def test_a_killed_query_loses_nothing(sky, tmp_path):
 @pytest.mark.parametrize("options, message", [
     (dict(selection="all"), "no selection 'all'"), (dict(region=(1, 2)), "must be ra, dec, radius"),
     (dict(region=(1, 2, 5, 4)), "is empty"), (dict(region="north"), "must be ra, dec, radius"),
-    (dict(chunk=0), "from 1 to 500,000"), (dict(chunk=10**6), "from 1 to 500,000"), (dict(limit=0), "leaves nothing"),
-    (dict(sql="DROP TABLE x"), "one SELECT"), (dict(sql="SELECT TOP 5 objid FROM x"), "without 'TOP'"),
-    (dict(sql="SELECT objid INTO x FROM y"), "without 'INTO'"), (dict(sql="SELECT 1", objid=[3]), "one thing"),
-    (dict(objid=[3], selection="main"), "objid alone"), (dict(objid=[-3]), "above zero"), (dict(objid=[1.5]), "whole"),
-    (dict(objid=["x"]), "whole"), (dict(positions=[(np.nan, 1)]), "row 0 of the positions"),
-    (dict(positions=[(10, 20), (370, 1)]), "row 1 of the positions"), (dict(positions=[(10, 91)]), "not on the sky"),
-    (dict(positions=Table({"ra": [1.]})), "no column 'dec'"), (dict(positions="missing.csv"), "cannot be read"),
+    (dict(chunk=0), "from 1 to 500,000"), (dict(chunk=10**6), "from 1 to 500,000"),
+    (dict(limit=0), "leaves nothing"), (dict(sql="DROP TABLE x"), "one SELECT"),
+    (dict(sql="SELECT TOP 5 objid FROM x"), "without 'TOP'"),
+    (dict(sql="SELECT objid INTO x FROM y"), "without 'INTO'"),
+    (dict(sql="SELECT 1", objid=[3]), "one thing"), (dict(objid=[3], selection="main"), "objid alone"),
+    (dict(objid=[-3]), "above zero"), (dict(objid=[1.5]), "whole"), (dict(objid=["x"]), "whole"),
+    (dict(positions=[(np.nan, 1)]), "row 0 of the positions"),
+    (dict(positions=[(10, 20), (370, 1)]), "row 1 of the positions"),
+    (dict(positions=[(10, 91)]), "not on the sky"), (dict(positions=[("a", "b")]), "must be numbers"),
+    (dict(positions=Table({"ra": [1.]})), "no column 'dec'"),
+    (dict(positions="missing.csv"), "cannot be read"),
     (dict(positions=[1, 2, 3]), "no rows of ra and dec"), (dict(objid=[]), "is empty")])
 def test_bad_questions_are_refused_unasked(sky, tmp_path, options, message):
     refused(message, query, sky, tmp_path/"no.fits", **options)
