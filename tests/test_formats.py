@@ -241,6 +241,18 @@ def test_records_and_groups_in_hdf5(tmp_path):
     assert read_hdf5(tmp_path/"a.h5").catalogue.colnames == ["row"]
 
 
+def test_galaxies_ml_becomes_a_labelled_set(tmp_path):
+    images, table = some(6, bands="grizy")
+    with h5py.File(tmp_path/"5x64x64_training.hdf5", "w") as file:
+        file["image"], file["object_id"], file["specz_redshift"] = images, table["objid"] + 2**60, table["z_spec"]
+        for band in "grizy": file[f"{band}_cmodel_mag"] = table[f"mag_{band}"]
+    got = import_stamps(tmp_path/"5x64x64_training.hdf5", tmp_path/"set", where="specz_redshift > 1 and z_spec < 3")
+    assert got.bands == tuple("grizy") and got.pixel_scale == 0.168 and got.labelled.all()
+    np.testing.assert_array_equal(got.catalogue["objid"], np.arange(6) + 2**60)
+    np.testing.assert_allclose(got.magnitudes(), np.stack([table[f"mag_{band}"] for band in "grizy"], 1), rtol=1e-6)
+    assert got.description["filled"] == ["ra", "dec"]
+
+
 def test_columns_without_a_record_array(tmp_path):
     images, table = some(6)
     np.savez(tmp_path/"a.npz", cube=last(images), ra=table["ra"], z=table["z_spec"], keys=np.array(["a", "b"]))
