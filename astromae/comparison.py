@@ -7,8 +7,7 @@ __all__ = ['DEMO', 'ACCURACY', 'CLOSING', 'Comparison', 'render_stamps', 'folder
            'score', 'write_scores', 'format_scores', 'compare_two', 'verdict', 'save_figure', 'draw_reconstructions',
            'draw_losses', 'draw_rates', 'draw_figures', 'compare', 'finetune_and_score', 'run_demo']
 
-# %% ../nbs/50_comparison.ipynb #93f40397
-import json
+# %% ../nbs/50_comparison.ipynb #2b44ae83
 import math
 import re
 from collections.abc import Iterable
@@ -22,8 +21,7 @@ from astropy.table import Table
 from fastai.torch_core import rank_distrib
 
 from .baselines import BASELINES
-from .batches import centre_crop
-from .dataset import StampSet, write_stamp_set
+from .dataset import StampSet, centre_crop, write_stamp_set
 from .errors import InputError, write_aside, write_json
 from .experiments import split_rows
 from .mae import MAEConfig, reconstruct
@@ -39,7 +37,7 @@ from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
                                PretrainSettings, Trained, claim_run, finetune, pretrain,
                                schedule_of)
 
-# %% ../nbs/50_comparison.ipynb #e451069c
+# %% ../nbs/50_comparison.ipynb #84f321fd
 @dataclass(frozen=True)
 class Comparison:
     "What is rendered, trained and compared."
@@ -54,13 +52,13 @@ class Comparison:
 
 DEMO = Comparison()
 
-# %% ../nbs/50_comparison.ipynb #394e7e08
+# %% ../nbs/50_comparison.ipynb #26e43ef0
 ACCURACY = Comparison(
     experiment="accuracy", networks=("pcm-AstroMAE", "Henghes et al."), views=8,
     pretraining=replace(PRETRAIN_PRESETS["demo"], epochs=6, warmup_epochs=1),
     finetuning=replace(FINETUNE_PRESETS["demo"], epochs=20, cycle=20, rate=2e-3))
 
-# %% ../nbs/50_comparison.ipynb #2816a082
+# %% ../nbs/50_comparison.ipynb #a1932de8
 def render_stamps(folder: Path, galaxies: int, seed: int, progress: bool) -> StampSet:
     "The packaged galaxies as a stamp set, rendered unless the folder has them already."
     if folder.exists(): return StampSet.open(folder)
@@ -72,7 +70,7 @@ def render_stamps(folder: Path, galaxies: int, seed: int, progress: bool) -> Sta
     return write_stamp_set(folder, chunks, len(catalogue), dtype="float16",
                            origin="SDSS redshifts and colours are real, the pixels simulated")
 
-# %% ../nbs/50_comparison.ipynb #850e7390
+# %% ../nbs/50_comparison.ipynb #982c7a82
 def folder_name(name: str) -> str: # letters, digits and hyphens
     "The name of a network as the name of a folder."
     return re.sub(r"[^\w-]+", "-", name).strip("-")
@@ -97,7 +95,7 @@ def train_networks(folder: Path,        # of the comparison
             pretrained=autoencoder.folder if pretrained else None, title=name, **common)
     return autoencoder, networks
 
-# %% ../nbs/50_comparison.ipynb #878a3a57
+# %% ../nbs/50_comparison.ipynb #764cc3b5
 def predict_test_part(file: Path, stamps: StampSet, rows: dict, networks: dict,
                       settings: Comparison, device, progress: bool) -> Table:
     "The table of predictions, made unless it is there."
@@ -114,7 +112,7 @@ def predict_test_part(file: Path, stamps: StampSet, rows: dict, networks: dict,
     write_predictions(table, file)
     return table
 
-# %% ../nbs/50_comparison.ipynb #f46fd8b3
+# %% ../nbs/50_comparison.ipynb #43450f74
 def score(table: Table, names: Iterable) -> list: # one dictionary per name
     "Every metric of every column of predictions, with bootstrap errors."
     z_spec = np.asarray(table["z_spec"], dtype=float)
@@ -134,7 +132,7 @@ def format_scores(scores: list) -> str:
         lines.append(f"{row['name']:22}{row['n']:>6}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 
-# %% ../nbs/50_comparison.ipynb #8c2bf35c
+# %% ../nbs/50_comparison.ipynb #b8b34e21
 def compare_two(table: Table, a: str, b: str) -> str:
     "One sentence on the sigma_mad of two columns of predictions."
     ratio = paired_bootstrap(table[a], table[b], table["z_spec"], "sigma_mad", how="ratio")
@@ -149,7 +147,7 @@ def verdict(table: Table, networks: tuple) -> str:
     mark = min(BASELINES, key=lambda name: sigma_mad(np.asarray(table[name]), z_spec))
     return "\n".join(compare_two(table, networks[0], name) for name in (mark, *networks[1:2]))
 
-# %% ../nbs/50_comparison.ipynb #f7c97220
+# %% ../nbs/50_comparison.ipynb #f7bf6cc5
 def save_figure(figure: plt.Figure, file: Path):
     "Write a figure as PNG and close it."
     with write_aside(file) as new: figure.savefig(new, format="png", dpi=130, bbox_inches="tight")
@@ -158,9 +156,11 @@ def save_figure(figure: plt.Figure, file: Path):
 def draw_reconstructions(autoencoder: Trained, stamps: StampSet, rows: np.ndarray, seed: int = 42,
                          n: int = 6) -> plt.Figure:
     "Masked, reconstructed and true galaxies, from bright to middling in r, in colour."
+    bands = stamps.bands
     model, preprocessing = autoencoder.model.eval(), autoencoder.preprocessing
     places = np.linspace(0.03, 0.5, n)*len(rows)
-    bright = rows[np.argsort(stamps.magnitudes()[rows, 2])[places.astype(int)]]
+    middle = bands.index("r") if "r" in bands else len(bands)//2
+    bright = rows[np.argsort(stamps.magnitudes()[rows, middle])[places.astype(int)]]
     images = centre_crop(torch.as_tensor(stamps.images[bright], dtype=torch.float32),
                          preprocessing.size)
     seen = preprocessing.images(images)
@@ -170,9 +170,9 @@ def draw_reconstructions(autoencoder: Trained, stamps: StampSet, rows: np.ndarra
     with torch.no_grad():
         mask = model(seen, noise=noise)[2]
         restored = preprocessing.images.inverse(reconstruct(model, seen, noise))
-    return plot_reconstructions(images, mask, restored, n=n)
+    return plot_reconstructions(images, mask, restored, n=n, bands=bands)
 
-# %% ../nbs/50_comparison.ipynb #28f5b802
+# %% ../nbs/50_comparison.ipynb #ac3a204c
 def draw_losses(runs: dict) -> plt.Figure: # name -> `Trained`
     "The losses of every run, two panels in a row."
     figure, axes = plt.subplots(math.ceil(len(runs)/2), 2, figsize=(9, 2.8*math.ceil(len(runs)/2)))
@@ -190,7 +190,7 @@ def draw_rates(settings: Comparison) -> plt.Figure:
     figure.tight_layout()
     return figure
 
-# %% ../nbs/50_comparison.ipynb #216f7647
+# %% ../nbs/50_comparison.ipynb #f48a5328
 def draw_figures(folder: Path, stamps: StampSet, rows: dict, settings: Comparison,
                  autoencoder: Trained, networks: dict, predictions: Table):
     "Write every figure of a comparison into its folder."
@@ -205,7 +205,7 @@ def draw_figures(folder: Path, stamps: StampSet, rows: dict, settings: Compariso
     figures["losses"] = draw_losses({"pretraining": autoencoder, **networks})
     for name, figure in figures.items(): save_figure(figure, folder/f"{name}.png")
 
-# %% ../nbs/50_comparison.ipynb #26f8e20a
+# %% ../nbs/50_comparison.ipynb #2fb09e00
 def compare(folder,                        # everything is written here; goes on where it stopped
             settings: Comparison = DEMO,
             stamps=None,                   # folder of a stamp set; None: rendered in it
@@ -227,7 +227,7 @@ def compare(folder,                        # everything is written here; goes on
     if not (folder/"model").exists(): save_model(folder/"model", best.model, best.preprocessing)
     return scores
 
-# %% ../nbs/50_comparison.ipynb #642dc428
+# %% ../nbs/50_comparison.ipynb #8f8072cc
 def finetune_and_score(stamps, folder, network: str, settings: FinetuneSettings, experiment: str,
                        pretrained=None, device: str|None = None,
                        in_memory: bool = False) -> str|None:
@@ -246,7 +246,7 @@ def finetune_and_score(stamps, folder, network: str, settings: FinetuneSettings,
     save_figure(figure, folder/"scatter.png")
     return f"{format_scores(scores)}\nThe model, its predictions and its figure are in {folder}"
 
-# %% ../nbs/50_comparison.ipynb #6dd482d0
+# %% ../nbs/50_comparison.ipynb #1a08ffef
 CLOSING = """
 redshifts and colours are real SDSS, the pixels are simulated
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODELS', 'Preprocessing', 'preprocessing_from_dict', 'check_bands', 'save_model', 'load_model']
 
-# %% ../nbs/13_models.ipynb #b2be60ca
-import json
+# %% ../nbs/13_models.ipynb #c5d33f33
+import json, math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from .mae import MAEConfig, MaskedAutoencoder
 from .redshift import RedshiftConfig, RedshiftNetwork
 from .survey import BANDS, PIXEL_SCALE
 
-# %% ../nbs/13_models.ipynb #c408986c
+# %% ../nbs/13_models.ipynb #3149d484
 @dataclass(frozen=True)
 class Preprocessing:
     "What is done to a stamp and its magnitudes before a network sees them."
@@ -32,7 +32,7 @@ class Preprocessing:
     images: Normalisation = field(default_factory=Normalisation)      # of the pixels
     magnitudes: Normalisation = field(default_factory=Normalisation)  # of the magnitudes
 
-# %% ../nbs/13_models.ipynb #43ed2911
+# %% ../nbs/13_models.ipynb #cce212a4
 def _tuples(values: dict) -> dict:
     "The same dictionary with lists as tuples, as frozen dataclasses hold them."
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -42,17 +42,18 @@ def preprocessing_from_dict(values: dict) -> Preprocessing:
     parts = {k: Normalisation(**_tuples(values[k])) for k in ("images", "magnitudes")}
     return Preprocessing(**{**_tuples(values), **parts})
 
-# %% ../nbs/13_models.ipynb #6eaf2398
+# %% ../nbs/13_models.ipynb #d7e04778
 def check_bands(stamps: StampSet,             # what is to be looked at
                 preprocessing: Preprocessing): # what the model was made for
     "Refuse a stamp set of other bands, another unit or another pixel scale."
     for name in ("bands", "unit", "pixel_scale"):
         theirs, ours = getattr(stamps, name), getattr(preprocessing, name)
-        if theirs != ours:
+        near = name == "pixel_scale" and math.isclose(theirs, ours, rel_tol=0.005)
+        if theirs != ours and not near:
             raise InputError(f"{stamps.folder} has {name} {theirs}, but the model was made for "
                              f"{ours}; use stamps of the same kind.")
 
-# %% ../nbs/13_models.ipynb #85aae0fe
+# %% ../nbs/13_models.ipynb #14de1986
 MODELS = {"MaskedAutoencoder": (MaskedAutoencoder, MAEConfig),
           "RedshiftNetwork": (RedshiftNetwork, RedshiftConfig)}
 
@@ -66,7 +67,7 @@ def save_model(folder,                        # where to; a model that is there 
         description = {"model": type(model).__name__, **asdict(preprocessing)}
         (new/"preprocessing.json").write_text(json.dumps(description, indent=2) + "\n")
 
-# %% ../nbs/13_models.ipynb #6977c696
+# %% ../nbs/13_models.ipynb #d593ffd1
 def _read_json(file: Path) -> dict:
     "The dictionary in a JSON file of a model folder."
     if not file.exists():
@@ -75,7 +76,7 @@ def _read_json(file: Path) -> dict:
     except ValueError as error:
         raise InputError(f"{file} is not JSON ({error}); copy or train the model again.") from error
 
-# %% ../nbs/13_models.ipynb #5068cedf
+# %% ../nbs/13_models.ipynb #aae1ddb4
 def load_model(folder,                 # a folder that `save_model` wrote
                device=None,            # where to; None: a GPU if there is one
                kind: str|None = None   # refuse another: `MaskedAutoencoder` or `RedshiftNetwork`

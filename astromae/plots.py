@@ -6,7 +6,7 @@
 __all__ = ['STYLE', 'figure_style', 'point_density', 'density_scatter', 'running_percentiles', 'plot_residuals', 'colour_image',
            'mask_to_pixels', 'plot_reconstructions', 'plot_rates', 'plot_losses']
 
-# %% ../nbs/31_plots.ipynb #b9c723d1
+# %% ../nbs/31_plots.ipynb #6e0de6d7
 from collections.abc import Sequence
 from contextlib import contextmanager
 
@@ -22,7 +22,7 @@ from .errors import InputError
 from .metrics import check_redshifts, normalised_residual, outlier_fraction_005, sigma_mad
 from .survey import BANDS
 
-# %% ../nbs/31_plots.ipynb #ab95d976
+# %% ../nbs/31_plots.ipynb #6beb81a7
 STYLE = {"figure.dpi": 80, "figure.constrained_layout.use": True, "font.size": 9,
          "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
          "legend.frameon": False, "image.origin": "lower", "image.interpolation": "nearest"}
@@ -33,7 +33,7 @@ def figure_style():
     plt.draw_if_interactive()  # pyplot loads its backend now, so that leaving does not undo it
     with plt.rc_context(STYLE): yield
 
-# %% ../nbs/31_plots.ipynb #f30f547d
+# %% ../nbs/31_plots.ipynb #237a1050
 def point_density(x: np.ndarray,      # (N,)
                   y: np.ndarray,      # (N,), in the unit of `x`
                   width: float,       # standard deviation of the smoothing, in the unit of `x`
@@ -47,7 +47,7 @@ def point_density(x: np.ndarray,      # (N,)
     places = [(values - limits[0])/cell - 0.5 for values in (x, y)]
     return map_coordinates(smooth, places, order=1, mode="nearest")/cell**2
 
-# %% ../nbs/31_plots.ipynb #22c6f456
+# %% ../nbs/31_plots.ipynb #295375b0
 def _panel_text(z_spec, z_phot, limits) -> str:
     "The lines in the corner of a scatter plot: number, scatter, outliers, and what lies outside."
     lines = [f"n = {len(z_spec):,}", rf"$\sigma_\mathrm{{MAD}}$ = {sigma_mad(z_phot, z_spec):.4f}",
@@ -56,7 +56,7 @@ def _panel_text(z_spec, z_phot, limits) -> str:
     outside = np.count_nonzero(~inside.all(axis=0))
     return "\n".join(lines + [f"outside: {outside:,}"] if outside else lines)
 
-# %% ../nbs/31_plots.ipynb #6b3ef113
+# %% ../nbs/31_plots.ipynb #c9220f21
 @figure_style()
 def density_scatter(z_spec: np.ndarray,           # spectroscopic redshifts, (N,)
                     z_phot: np.ndarray,           # predicted redshifts, (N,)
@@ -86,7 +86,7 @@ def density_scatter(z_spec: np.ndarray,           # spectroscopic redshifts, (N,
     if colorbar: ax.figure.colorbar(drawn, ax=ax, label=r"galaxies per 0.01 $\times$ 0.01")
     return ax
 
-# %% ../nbs/31_plots.ipynb #9e3045b6
+# %% ../nbs/31_plots.ipynb #f832c051
 def running_percentiles(x: np.ndarray,         # (N,)
                         y: np.ndarray,         # (N,)
                         bins: int = 20,        # groups of (nearly) equal number
@@ -97,7 +97,7 @@ def running_percentiles(x: np.ndarray,         # (N,)
     centres = np.array([np.median(x[rows]) for rows in groups])
     return centres, np.stack([np.percentile(y[rows], percents) for rows in groups], axis=1)
 
-# %% ../nbs/31_plots.ipynb #041111e4
+# %% ../nbs/31_plots.ipynb #e048de77
 @figure_style()
 def plot_residuals(z_spec: np.ndarray,                 # spectroscopic redshifts, (N,)
                    z_phot: np.ndarray,                 # predicted redshifts, (N,)
@@ -123,22 +123,25 @@ def plot_residuals(z_spec: np.ndarray,                 # spectroscopic redshifts
     ax.legend(loc="upper left", ncols=2)
     return ax
 
-# %% ../nbs/31_plots.ipynb #9ddc0eff
-def colour_image(images: np.ndarray,    # (..., 5, H, W) u g r i z, nanomaggies per pixel
+# %% ../nbs/31_plots.ipynb #70040635
+def colour_image(images: np.ndarray,    # (..., bands, H, W) nanomaggies per pixel
                  stretch: float = 0.3,  # brightness at which the compression sets in
-                 softening: float = 5.  # strength of the compression
+                 softening: float = 5., # strength of the compression
+                 bands: Sequence[str] = BANDS # their names, from blue to red
                 ) -> np.ndarray:        # (..., H, W, 3) uint8
-    "Colour pictures of stamps after Lupton et al. (2004), from the bands i, r and g."
-    images = np.asarray(images)
-    if images.ndim < 3 or images.shape[-3] != len(BANDS):
-        raise InputError(f"the images have the shape {images.shape}; give (..., 5, height, width).")
+    "Colour pictures of stamps after Lupton et al. (2004), from the bands i, r and g if there are."
+    images, bands = np.asarray(images), tuple(bands)
+    if images.ndim < 3 or images.shape[-3] != len(bands):
+        raise InputError(f"the images have the shape {images.shape}; give (..., {len(bands)}, "
+                         "height, width), or name their bands.")
+    shown = "irg" if set("irg") <= set(bands) else (bands[-1], bands[len(bands)//2], bands[0])
     *outer, _, height, width = images.shape
-    channels = [weight/5.7*images[..., BANDS.index(band), :, :].reshape(-1, width)
-                for band, weight in zip("irg", (4.9, 5.7, 7.8))]
+    channels = [weight/5.7*images[..., bands.index(band), :, :].reshape(-1, width)
+                for band, weight in zip(shown, (4.9, 5.7, 7.8))]
     picture = make_lupton_rgb(*channels, stretch=stretch, Q=softening)
     return picture.reshape(*outer, height, width, 3)
 
-# %% ../nbs/31_plots.ipynb #8ec8bbd0
+# %% ../nbs/31_plots.ipynb #7dc2a9db
 def mask_to_pixels(mask: np.ndarray,  # (N, L), 1 where a patch was masked
                    size: int          # height and width of the image, pixels
                   ) -> np.ndarray:    # (N, size, size), True where masked
@@ -150,22 +153,22 @@ def mask_to_pixels(mask: np.ndarray,  # (N, L), 1 where a patch was masked
                          "give the mask of these images.")
     return np.kron(mask.reshape(-1, grid, grid), np.ones((1, size//grid, size//grid), dtype=bool))
 
-# %% ../nbs/31_plots.ipynb #eb2a90d4
+# %% ../nbs/31_plots.ipynb #271a9005
 @figure_style()
-def plot_reconstructions(images: np.ndarray,          # true, (N, 5, H, H) nanomaggies per pixel
+def plot_reconstructions(images: np.ndarray,          # true, (N, bands, H, H) nanomaggies per pixel
                          masks: np.ndarray,           # (N, L), 1 where a patch was masked
-                         reconstructions: np.ndarray, # (N, 5, H, H) nanomaggies per pixel
+                         reconstructions: np.ndarray, # (N, bands, H, H) nanomaggies per pixel
                          n: int = 6,                  # how many galaxies, the first of these
                          titles: Sequence[str] = (),  # one above each galaxy
-                         keep_visible: bool = True    # true pixels in visible patches
+                         keep_visible: bool = True,   # true pixels in visible patches
+                         bands: Sequence[str] = BANDS # their names, from blue to red
                         ) -> Figure:
     "Masked, reconstructed and true galaxies in colour, one galaxy a column."
     images, made, masks = (np.asarray(values)[:n] for values in (images, reconstructions, masks))
     hidden = mask_to_pixels(masks, images.shape[-1])
     if keep_visible: made = np.where(hidden[:, None], made, images)
-    true = colour_image(images)
-    rows = {"masked": np.where(hidden[..., None], 128, true), "reconstructed": colour_image(made),
-            "true": true}
+    true, made = colour_image(images, bands=bands), colour_image(made, bands=bands)
+    rows = {"masked": np.where(hidden[..., None], 128, true), "reconstructed": made, "true": true}
     size = 1.2*len(images) + 0.3, 3.8
     figure, axes = plt.subplots(3, len(images), squeeze=False, figsize=size)
     for row, (name, pictures) in zip(axes, rows.items()):
@@ -177,7 +180,7 @@ def plot_reconstructions(images: np.ndarray,          # true, (N, 5, H, H) nanom
     for ax, title in zip(axes[0], titles): ax.set_title(title)
     return figure
 
-# %% ../nbs/31_plots.ipynb #43443169
+# %% ../nbs/31_plots.ipynb #9bd8621e
 @figure_style()
 def plot_rates(epoch: np.ndarray,    # epochs done before each step, (S,)
                rate: np.ndarray,     # learning rate of each step, (S,)
@@ -191,7 +194,7 @@ def plot_rates(epoch: np.ndarray,    # epochs done before each step, (S,)
     ax.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     return ax
 
-# %% ../nbs/31_plots.ipynb #f4c62718
+# %% ../nbs/31_plots.ipynb #b40a4635
 @figure_style()
 def plot_losses(log,                    # columns `epoch` and `train_loss`, `valid_loss`, ...
                 title: str = "",        # above the panel

@@ -179,14 +179,14 @@ def test_another_number_of_bands(refused, tmp_path, models):
     refused("has bands ('g', 'r', 'i'), but the model was made for ('u', 'g', 'r', 'i', 'z')", "predict",
             models/"network", three, tmp_path/"z.fits")
     np.savez(tmp_path/"a.npz", cube=np.zeros((9, 48, 48, 4), np.float32), labels=some(9)[1].as_array())
-    refused("(9, 48, 48, 4)", "import", tmp_path/"a.npz", tmp_path/"imported")
+    refused("4 bands and does not say which", "import", tmp_path/"a.npz", tmp_path/"imported")
     refused("bands", "finetune", three, tmp_path/"run", "--pretrained", models/"autoencoder-run",
             "--network", "plain-AstroMAE", "--experiment", "accuracy", begun=tmp_path/"run")
 
 
 def test_another_shape(refused, tmp_path, models):
     np.savez(tmp_path/"a.npz", cube=np.zeros((9, 48, 48), np.float32), labels=some(9)[1].as_array())
-    refused("(9, 48, 48)", "import", tmp_path/"a.npz", tmp_path/"imported")
+    refused("no cube of stamps", "import", tmp_path/"a.npz", tmp_path/"imported")
     stamps = write(tmp_path/"stamps")
     np.save(stamps/"images.npy", np.zeros((N, 5, 40, 40), np.float32))
     for words in (("pretrain", stamps, tmp_path/"run"), ("finetune", stamps, tmp_path/"run"),
@@ -244,9 +244,9 @@ def test_an_npz_that_is_broken(refused, tmp_path):
     np.savez(tmp_path/"pickled-cube.npz", cube=cube.astype(object), labels=table.as_array())
     np.savez(tmp_path/"short.npz", cube=cube, labels=table[:8].as_array())
     (tmp_path/"text.npz").write_text("<html>")
-    for name, message in {"cut": "not a whole npz file", "pickled": "not a whole npz file",
+    for name, message in {"cut": "not a whole npz", "pickled": "not a whole npz file",
                           "pickled-cube": "type object", "short": "8 rows for 9 stamps",
-                          "text": "not a whole npz file", "none": "check the path"}.items():
+                          "text": "not a whole npz", "none": "check the path"}.items():
         refused(f"{name}.npz", "import", tmp_path/f"{name}.npz", tmp_path/"stamps")
         refused(message, "import", tmp_path/f"{name}.npz", tmp_path/"stamps")
     refused("float17", "import", tmp_path/"whole.npz", tmp_path/"stamps", "--dtype", "float17")
