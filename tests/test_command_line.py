@@ -245,8 +245,8 @@ def test_an_npz_that_is_broken(refused, tmp_path):
     np.savez(tmp_path/"short.npz", cube=cube, labels=table[:8].as_array())
     (tmp_path/"text.npz").write_text("<html>")
     for name, message in {"cut": "not a whole npz", "pickled": "not a whole npz file",
-                          "pickled-cube": "type object", "short": "8 rows for 9 stamps",
-                          "text": "not a whole npz", "none": "check the path"}.items():
+                          "pickled-cube": "holds Python objects", "short": "8 rows for 9 stamps",
+                          "text": "is no npz", "none": "check the path"}.items():
         refused(f"{name}.npz", "import", tmp_path/f"{name}.npz", tmp_path/"stamps")
         refused(message, "import", tmp_path/f"{name}.npz", tmp_path/"stamps")
     refused("float17", "import", tmp_path/"whole.npz", tmp_path/"stamps", "--dtype", "float17")

@@ -281,6 +281,35 @@ def test_a_part_goes_through_batches_normalisation_split_and_prediction(tmp_path
     assert described == describe_data(stamps.select(rows), mine["train"], mine["valid"])
 
 
+def test_three_bands_of_another_survey_go_all_the_way(tmp_path):
+    from dataclasses import replace
+    from astromae.comparison import draw_reconstructions
+    from astromae.mae import MAEConfig
+    from astromae.predict import predict
+    from astromae.redshift import ARCHITECTURES
+    from astromae.training import FINETUNE_PRESETS, PRETRAIN_PRESETS, finetune, pretrain
+    rng, bands = np.random.default_rng(0), tuple("gry")
+    table = Table({name: rng.uniform(0.1, 0.4, 60) for name in required_columns(bands)})
+    table["objid"] = np.arange(60)
+    images = rng.standard_normal((60, 3, 52, 52)).astype(np.float32)
+    stamps = write_stamp_set(tmp_path/"set", [(images, table)], 60, bands=bands, pixel_scale=0.168, unit="count")
+    part, rows, quiet = stamps.select("objid >= 4"), np.arange(50), dict(device="cpu", progress=False)
+    mae = pretrain(part, rows[:40], rows[40:], tmp_path/"mae",
+                   MAEConfig(encoder="plain", width=24, depth=1, heads=3, decoder_width=24, decoder_depth=1),
+                   replace(PRETRAIN_PRESETS["demo"], epochs=2, batch_size=20, warmup_epochs=1), **quiet)
+    network = replace(ARCHITECTURES["plain-AstroMAE"], features=64, magnitude_width=64, join_width=64)
+    tuned = finetune(part, rows[:40], rows[40:], tmp_path/"net", network,
+                     replace(FINETUNE_PRESETS["demo"], epochs=1, batch_size=20, cycle=1), mae.folder, **quiet)
+    assert (tuned.preprocessing.bands, tuned.preprocessing.pixel_scale, tuned.preprocessing.unit) == (bands, 0.168, "count")
+    predicted = predict(tuned.folder/"model", part, **quiet)
+    assert predicted["objid"].tolist() == list(range(4, 60)) and np.isfinite(predicted["z_phot"]).all()
+    np.testing.assert_array_equal(predict(tuned.folder/"model", stamps, rows=np.arange(4, 60), **quiet)["z_phot"],
+                                  predicted["z_phot"])
+    assert draw_reconstructions(mae, part, rows) is not None
+    others = write_stamp_set(tmp_path/"others", [(images, table)], 60, bands=bands, pixel_scale=0.396, unit="count")
+    refused("pixel_scale 0.396, but the model was made for 0.168", predict, tuned.folder/"model", others, **quiet)
+
+
 # --- the same galaxy twice
 
 def test_duplicates_against_all_pairs():
