@@ -6,7 +6,7 @@
 __all__ = ['SELECTIONS', 'SKYSERVER_ROWS', 'SKYSERVER_SECONDS', 'SKYSERVER_PAUSE', 'OBJID_PER_QUERY', 'POSITIONS_PER_QUERY',
            'galaxy_sql', 'query_galaxies']
 
-# %% ../nbs/00_skyserver.ipynb #ec1c9372
+# %% ../nbs/00_skyserver.ipynb #b7392c15
 import fcntl, hashlib, io, json, re, shutil, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,7 @@ from .downloads import (RETRIES, Refused, TryAgain, Unreachable, check_status, r
 from .errors import InputError, from_os_error, write_aside
 from .survey import BANDS, EXTINCTION_PER_EBV
 
-# %% ../nbs/00_skyserver.ipynb #c31624f8
+# %% ../nbs/00_skyserver.ipynb #da17515b
 _PHOTOMETRY = {"objid": "objID", "ra": "ra", "dec": "dec",
                **{f"mag_{band}": f"dered_{band}" for band in BANDS},
                **{f"magerr_{band}": f"modelMagErr_{band}" for band in BANDS},
@@ -34,14 +34,14 @@ _PHOTOMETRY = {"objid": "objID", "ra": "ra", "dec": "dec",
 _SPECTRUM = {"z_spec": "z", "z_err": "zErr", "z_warning": "zWarning",
              "primtarget": "legacy_target1"}
 
-# %% ../nbs/00_skyserver.ipynb #f21cd36a
+# %% ../nbs/00_skyserver.ipynb #ccf1ba53
 _GOOD_SPECTRUM = ("s.class='GALAXY' AND s.survey='sdss' AND s.targetType='SCIENCE' AND "
                   "s.sciencePrimary=1 AND s.zWarning=0 AND s.z>0")
 SELECTIONS = {"paper": f"{_GOOD_SPECTRUM} AND p.clean=1 AND p.insideMask=0"}
 SELECTIONS["main"] = (SELECTIONS["paper"] + " AND s.z<=0.4 AND p.petroMag_r-p.extinction_r<=17.8"
                       " AND s.legacy_target1>=64")
 
-# %% ../nbs/00_skyserver.ipynb #4f16fdf5
+# %% ../nbs/00_skyserver.ipynb #519fa3b2
 def _columns() -> str:
     "What is selected, under the house's names."
     named = [(f"p.{theirs}", ours) for ours, theirs in _PHOTOMETRY.items()]
@@ -50,9 +50,9 @@ def _columns() -> str:
 
 def _region(region) -> tuple[str, str]:
     "The join and the condition of a region."
-    try: numbers = tuple(float(number) for number in region or ())
-    except (TypeError, ValueError): numbers = (np.nan,)
-    if not numbers: return "", ""
+    if region is None: return "", ""
+    try: numbers = tuple(float(number) for number in region)
+    except (TypeError, ValueError): numbers = ()
     if len(numbers) not in (3, 4) or not np.isfinite(numbers).all(): raise InputError(
         f"the region {region} must be ra, dec, radius or ra_min, ra_max, dec_min, dec_max.")
     if len(numbers) == 3:
@@ -65,7 +65,7 @@ def _region(region) -> tuple[str, str]:
     inside = f"p.ra>={west:.10g} {'AND' if west < east else 'OR'} p.ra<{east:.10g}"
     return "", f" AND ({inside}) AND p.dec>={south:.10g} AND p.dec<{north:.10g}"
 
-# %% ../nbs/00_skyserver.ipynb #a2826661
+# %% ../nbs/00_skyserver.ipynb #ab01545c
 def galaxy_sql(selection: str = "paper",  # of `SELECTIONS`
                region=None  # degrees: (ra, dec, radius) or (ra_min, ra_max, dec_min, dec_max)
               ) -> str:     # SQL for SkyServer, without limit or order
@@ -76,7 +76,7 @@ def galaxy_sql(selection: str = "paper",  # of `SELECTIONS`
     return (f"SELECT {_columns()} FROM SpecObjAll AS s JOIN PhotoObjAll AS p ON p.objID=s.bestObjID"
             f"{join} WHERE {SELECTIONS[selection]}{inside}")
 
-# %% ../nbs/00_skyserver.ipynb #a0dacd0d
+# %% ../nbs/00_skyserver.ipynb #4e6c4925
 SKYSERVER_ROWS, SKYSERVER_SECONDS = 500_000, 600  # its limits for one query
 SKYSERVER_PAUSE = 1.                              # seconds between two queries
 
@@ -94,7 +94,7 @@ def _own_sql(sql: str) -> str:
             f"the SQL must do without {word.upper()!r}: {instead}.")
     return sql
 
-# %% ../nbs/00_skyserver.ipynb #f8e7a3e5
+# %% ../nbs/00_skyserver.ipynb #9357d6b0
 class _TooSlow(Refused): "The query ran into SkyServer's time limit."
 
 def _read_answer(response) -> pd.DataFrame:
@@ -107,6 +107,8 @@ def _read_answer(response) -> pd.DataFrame:
             raise _TooSlow(f"SkyServer had not enough time for the query ({said})")
         raise Refused(f"SkyServer does not accept the query ({said})")
     check_status(response)
+    if not {"Content-Length", "Transfer-Encoding"} & set(response.headers):
+        raise TryAgain("SkyServer's answer came without its length and may be cut off")
     if "<html" in text[:2000].lower() or "<!doctype" in text[:2000].lower():
         raise TryAgain("SkyServer sent a web page and not a table"
                        + f" ({' '.join(re.sub('<[^>]*>', ' ', text).split())[:100]})")
@@ -114,7 +116,7 @@ def _read_answer(response) -> pd.DataFrame:
     try: return pd.read_csv(io.StringIO(text), comment="#")
     except ValueError as error: raise TryAgain("SkyServer sent no readable table") from error
 
-# %% ../nbs/00_skyserver.ipynb #c31e76f9
+# %% ../nbs/00_skyserver.ipynb #80e2f9ae
 @contextmanager
 def _talking(server, release):
     "astroquery with our server, without its cache; its exceptions as ours."
@@ -130,7 +132,7 @@ def _talking(server, release):
         except URLError as error: raise Unreachable("the server cannot be reached") from error
         except RemoteServiceError as error: raise Refused(str(error)) from error
 
-# %% ../nbs/00_skyserver.ipynb #288d15db
+# %% ../nbs/00_skyserver.ipynb #0bb7bc15
 class _SkyServer:
     "Asks SkyServer, patiently, and never faster than it likes."
     def __init__(self, server, release, retries, pause):
@@ -148,7 +150,7 @@ class _SkyServer:
         "The table that an asking method of `astroquery.sdss.SDSS` gets."
         return with_patience(lambda: self._ask(method, arguments, keywords), self.retries)
 
-# %% ../nbs/00_skyserver.ipynb #7508987b
+# %% ../nbs/00_skyserver.ipynb #3ad1a1ae
 _WHOLE = {"objid": 0, "run": 0, "rerun": 0, "camcol": 0, "field": 0,
           "z_warning": -1, "primtarget": 0}  # whole numbers, and what stands for none
 
@@ -165,7 +167,7 @@ def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
         if "petromag_r" in frame: frame["dered_petro_r"] = frame["petromag_r"] - frame["ext_r"]
     return frame
 
-# %% ../nbs/00_skyserver.ipynb #2274285c
+# %% ../nbs/00_skyserver.ipynb #21c947b8
 class _Chunks:
     "The chunks of one question that have come."
     def __init__(self, folder: Path):
@@ -187,7 +189,7 @@ class _Chunks:
         self.rows += len(frame)
         with write_aside(self._path(k)) as new: Table.from_pandas(frame).write(new, format="fits")
 
-# %% ../nbs/00_skyserver.ipynb #8bdfac1c
+# %% ../nbs/00_skyserver.ipynb #3060c66c
 @contextmanager
 def _alone(out: Path, question):
     "Lock and yield the hidden folder of a question; removed at the end if it holds no chunk."
@@ -199,12 +201,14 @@ def _alone(out: Path, question):
             try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error: raise InputError(
                 f"another process is asking the same for {out}; wait for it.") from error
+            if not (folder/"lock").exists(): raise InputError(
+                f"another process has just finished {out}; nothing is left to be asked.")
             try: yield folder
             finally:
                 if not len(_Chunks(folder)): shutil.rmtree(folder, ignore_errors=True)
     except OSError as error: raise from_os_error(error, f"writing {folder}") from error
 
-# %% ../nbs/00_skyserver.ipynb #2ea3dadf
+# %% ../nbs/00_skyserver.ipynb #f9b6079a
 def _by_sql(ask, chunks, bar, sql, chunk, limit):
     "Chunks of SQL, each of the galaxies after the last."
     last = max((int(table["objid"].max()) for table in chunks), default=0)
@@ -219,9 +223,8 @@ def _by_sql(ask, chunks, bar, sql, chunk, limit):
         last = int(frame["objid"].max())
         chunks.add(len(chunks), frame.drop_duplicates("objid"))
         bar.update(chunks.rows - bar.n)
-        if len(frame) < n: return
 
-# %% ../nbs/00_skyserver.ipynb #d192cba8
+# %% ../nbs/00_skyserver.ipynb #853edac6
 OBJID_PER_QUERY = 50
 
 def _objid_sql(objid) -> str:
@@ -241,7 +244,7 @@ def _by_objid(ask, chunks, bar, objid):
             chunks.add(k, frame.drop_duplicates("objid").merge(wanted, on="objid"))
         bar.update(min(first + OBJID_PER_QUERY, len(objid)) - bar.n)
 
-# %% ../nbs/00_skyserver.ipynb #b0eb0cf5
+# %% ../nbs/00_skyserver.ipynb #41f3b6fe
 POSITIONS_PER_QUERY = 1_000
 
 def _cross_identify(ask, rows, ra, dec, radius) -> pd.DataFrame:
@@ -269,7 +272,7 @@ def _by_position(ask, chunks, bar, ra, dec, radius):
             chunks.add(k, _tidy(_cross_identify(ask, rows, ra[rows], dec[rows], radius)))
         bar.update(rows[-1] + 1 - bar.n)
 
-# %% ../nbs/00_skyserver.ipynb #d32d5b4c
+# %% ../nbs/00_skyserver.ipynb #83a63b63
 def _read_list(handed, names: tuple[str, ...]) -> list[np.ndarray]:
     "Columns of a table, of a file that holds one, or of an array."
     if isinstance(handed, (str, Path)):
@@ -291,7 +294,7 @@ def _read_list(handed, names: tuple[str, ...]) -> list[np.ndarray]:
         f"the list has no column {missing[0]!r}, only {', '.join(handed.colnames)}.")
     return [np.ma.filled(np.ma.asarray(handed[there[name]]), -1) for name in names]
 
-# %% ../nbs/00_skyserver.ipynb #5110067f
+# %% ../nbs/00_skyserver.ipynb #9b515b56
 def _positions(handed) -> tuple[np.ndarray, np.ndarray]:
     "Right ascension and declination, degrees, each where the sky is."
     columns = _read_list(handed, ("ra", "dec"))
@@ -313,7 +316,7 @@ def _objid(handed) -> list[int]:
         "the list of objid must hold whole numbers above zero, of at most 19 digits.")
     return objid
 
-# %% ../nbs/00_skyserver.ipynb #9763b15e
+# %% ../nbs/00_skyserver.ipynb #43849550
 def _question(selection, region, positions, objid, sql, chunk, limit, radius):
     "What is asked, as words that identify it; how it is walked through; how many rows at most."
     lists = [name for name, value in (("positions", positions), ("objid", objid), ("sql", sql))
@@ -323,6 +326,8 @@ def _question(selection, region, positions, objid, sql, chunk, limit, radius):
     if not 1 <= chunk <= SKYSERVER_ROWS: raise InputError(
         f"a chunk must have from 1 to {SKYSERVER_ROWS:,} rows, not {chunk:,}.")
     if limit is not None and limit < 1: raise InputError(f"a limit of {limit} rows leaves nothing.")
+    if not 0 < radius <= 180: raise InputError(
+        f"a radius of {radius:g} arcsec cannot be searched; SkyServer takes up to 180.")
     if positions is not None:
         ra, dec = (column[:limit] for column in _positions(positions))
         walk = lambda *to: _by_position(*to, ra, dec, radius)
@@ -333,7 +338,7 @@ def _question(selection, region, positions, objid, sql, chunk, limit, radius):
     sql = _own_sql(sql) if sql is not None else galaxy_sql(selection or "paper", region)
     return [sql, limit], lambda *to: _by_sql(*to, sql, chunk, limit), limit
 
-# %% ../nbs/00_skyserver.ipynb #09c843b9
+# %% ../nbs/00_skyserver.ipynb #37799c5b
 _UNITS = {"ra": "deg", "dec": "deg", "petrorad_r": "arcsec", "petromag_r": "mag",
           "dered_petro_r": "mag", "ebv": "mag",
           **{f"{kind}_{band}": "mag" for kind in ("mag", "magerr", "ext") for band in BANDS}}
@@ -364,10 +369,10 @@ def _keeping(chunks: _Chunks, server: str):
         raise InputError(f"asking SkyServer at {server} failed: {error.reason}; check {advice}."
                         ) from error
 
-# %% ../nbs/00_skyserver.ipynb #10c104fc
+# %% ../nbs/00_skyserver.ipynb #9a88e4a2
 def query_galaxies(out,                    # FITS file of the catalogue that is to be
                    selection: str|None = None,  # of `SELECTIONS`; without anything else: paper
-                   region=None,    # (ra, dec, radius) or (ra_min, ra_max, dec_min, dec_max)
+                   region=None,    # degrees: ra, dec, radius or ra_min, ra_max, dec_min, dec_max
                    positions=None, # (N, 2) degrees, SkyCoord, or a table or file with ra, dec
                    objid=None,             # (N,) or a table or file with objid
                    sql: str|None = None,   # a SELECT of one's own, with a column objid
