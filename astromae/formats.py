@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_hdf5', 'read_fits', 'read_pt', 'open_source', 'import_stamps', 'export_hdf5', 'export_fits']
 
-# %% ../nbs/06_formats.ipynb #90e0a809
+# %% ../nbs/06_formats.ipynb #5bc90c9b
 import io, math, re, zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +25,7 @@ from .sources import (band_axis, band_names, bands_of_columns, check_pixels, cho
                               describe_source, fingerprint, fits_table, given_catalogue, open_fits,
                               read_npy, read_npz, reading, rows_per_block)
 
-# %% ../nbs/06_formats.ipynb #2f94442d
+# %% ../nbs/06_formats.ipynb #528f6d04
 _CUBE = "cube of stamps with four axes"
 _STAMPS = ("image_array", "images", "image", "cube", "stamps")
 
@@ -47,7 +47,7 @@ def _hdf5_values(data) -> np.ndarray:
     if h5py.check_string_dtype(data.dtype) is not None: return np.asarray(data.asstr()[:], str)
     return data[:]
 
-# %% ../nbs/06_formats.ipynb #d504e7a5
+# %% ../nbs/06_formats.ipynb #d0b7867f
 def _hdf5_table(stamps, catalogue: str|None) -> Table:
     "The columns that lie beside the stamps: datasets, or one dataset of records."
     import h5py
@@ -67,7 +67,7 @@ def _hdf5_table(stamps, catalogue: str|None) -> Table:
             "stamp.")
     return table if len(table) else Table({"row": np.arange(n)})
 
-# %% ../nbs/06_formats.ipynb #01336746
+# %% ../nbs/06_formats.ipynb #2e023f7a
 _WORDS = {"object_id": "objid", "specz_redshift": "z_spec", "specz_redshift_err": "z_err",
           "Z": "z_spec", "ZERR": "z_err", "ZWARNING": "z_warning"}
 
@@ -86,7 +86,7 @@ def _house_columns(table: Table) -> Table: # with more columns
         table[ours] = values - np.asarray(table[f"a_{ours[-1]}"]) if reddened else values
     return table
 
-# %% ../nbs/06_formats.ipynb #2e2308f4
+# %% ../nbs/06_formats.ipynb #ef4fc7d0
 def _hdf5_said(stamps, names) -> dict: # bands, unit, pixel_scale, origin
     "What an HDF5 file says of its stamps."
     said = {"pixel_scale": 0.168} if "y_cmodel_mag" in names else {}
@@ -106,7 +106,7 @@ def _hdf5_said(stamps, names) -> dict: # bands, unit, pixel_scale, origin
     if "pixel_scale" in said: said["pixel_scale"] = round(float(np.mean(said["pixel_scale"])), 6)
     return said
 
-# %% ../nbs/06_formats.ipynb #54aaf783
+# %% ../nbs/06_formats.ipynb #49be77dc
 def _blocks_of(data, row_bytes: int, first: int, chunk: int = 1) -> Iterator[np.ndarray]:
     "Rows of anything that takes slices, from row `first` on."
     step = rows_per_block(row_bytes, chunk)
@@ -136,7 +136,7 @@ def _hdf5_part(path: Path, images, catalogue) -> tuple: # dataset, shape, type, 
         table = _house_columns(_hdf5_table(stamps, catalogue)) if inside else Table()
         return stamps.name, stamps.shape, stamps.dtype, table, _hdf5_said(stamps, table.colnames)
 
-# %% ../nbs/06_formats.ipynb #21d77881
+# %% ../nbs/06_formats.ipynb #0e9fa5d0
 @delegates(describe_source)
 def read_hdf5(path,                    # an HDF5 file, or a folder of several
               images: str|None = None, # dataset with the stamps; None: find it
@@ -164,7 +164,7 @@ def _files_in(folder: Path, *endings) -> list: # in the order of their names
         f"{folder} holds no file that ends with {', '.join(endings)}; check the path.")
     return files
 
-# %% ../nbs/06_formats.ipynb #9f928996
+# %% ../nbs/06_formats.ipynb #d6a2fbe1
 def _fits_said(headers: list) -> dict: # bands, unit, pixel_scale, origin
     "What the headers of the stamps say: our words, BUNIT, FILTER, or a WCS."
     first, said = headers[0], {}
@@ -179,7 +179,7 @@ def _fits_said(headers: list) -> dict: # bands, unit, pixel_scale, origin
         if np.isfinite(degrees).all(): said["pixel_scale"] = round(3600*np.mean(degrees), 6)
     return said
 
-# %% ../nbs/06_formats.ipynb #306568ec
+# %% ../nbs/06_formats.ipynb #8a243cb8
 def _table_or_rows(units, catalogue: str|None, n: int, path) -> Table:
     "The catalogue in a FITS file; rows that are only numbered if there is no table at all."
     tables = any(isinstance(unit, fits.BinTableHDU) and not isinstance(unit, fits.CompImageHDU)
@@ -219,7 +219,7 @@ def read_fits(path,                    # a FITS file with a cube, or a folder wi
     return describe_source(path, table, shape, last.dtype,
                    lambda first: _fits_blocks(path, k, shape, row_bytes, first), said, **kwargs)
 
-# %% ../nbs/06_formats.ipynb #0d895852
+# %% ../nbs/06_formats.ipynb #37f2b487
 _STRUCTURE = re.compile(r"SIMPLE|XTENSION|BITPIX|NAXIS\d*|EXTEND|[PG]COUNT|B(SCALE|ZERO|UNIT)|"
                         r"BANDS|PIXSCALE|SOURCE|CHECKSUM|DATASUM|COMMENT|HISTORY|DATE.*|WCS.*|"
                         r"FILTER|EXT\w+|C(TYPE|RPIX|RVAL|DELT|UNIT|ROTA)\d|(CD|PC)\d_\d|L..POLE|"
@@ -248,7 +248,7 @@ def _card_values(path: Path) -> dict: # column -> value
         cards |= {"ra": place.icrs.ra.deg, "dec": place.icrs.dec.deg}
     return {"file": path.name} | cards
 
-# %% ../nbs/06_formats.ipynb #73b335cf
+# %% ../nbs/06_formats.ipynb #ca266fe3
 def _folder_table(folder: Path, catalogue) -> tuple[list, Table]: # files, and a row for each
     "The files of a folder and their catalogue, in one order."
     files = _files_in(folder, ".fits", ".fit", ".fits.gz", ".fits.fz", ".fits.bz2")
@@ -280,7 +280,7 @@ def _read_folder(folder: Path, catalogue, **kwargs) -> StampSource:
     return describe_source(folder, table, (len(files), *stamp.shape), stamp.dtype,
                    lambda first: _file_blocks(files, stamp.shape, first), said, **kwargs)
 
-# %% ../nbs/06_formats.ipynb #83548659
+# %% ../nbs/06_formats.ipynb #b6d78f29
 def _pt_tensors(path: Path) -> list: # of tensors
     "The tensors in a `.pt` file; `InputError` if there is anything else in it."
     import torch
@@ -299,7 +299,7 @@ def _pt_tensors(path: Path) -> list: # of tensors
     return [one.detach() if one.is_floating_point() and one.dtype is not torch.bfloat16
             else one.detach().float() if one.is_floating_point() else one for one in held]
 
-# %% ../nbs/06_formats.ipynb #95111353
+# %% ../nbs/06_formats.ipynb #cc7e2d01
 @delegates(describe_source)
 def read_pt(path,               # a file that torch.save wrote
             catalogue = None,   # more columns: `Table` or file
@@ -329,7 +329,7 @@ def read_pt(path,               # a file that torch.save wrote
         for row in range(first, shape[0], step): yield images[0][row:row + step].numpy()
     return describe_source(path, table, shape, dtype, rows, said, **kwargs)
 
-# %% ../nbs/06_formats.ipynb #dc9a2868
+# %% ../nbs/06_formats.ipynb #3ba9aefa
 def _format(path: Path): # the reader
     "The reader for a file or a folder; `InputError` if there is none."
     if path.is_dir():
@@ -356,7 +356,7 @@ def _set_source(folder: Path) -> StampSource:
                        unit=stamps.unit, pixel_scale=stamps.pixel_scale, origin=stamps.origin,
                        fingerprint=fingerprint(folder))
 
-# %% ../nbs/06_formats.ipynb #a3e5aafc
+# %% ../nbs/06_formats.ipynb #590df247
 def open_source(path,                  # a file of any of these formats, or a folder
                 scratch = None,        # folder for a scratch file, if one is needed
                 **options              # as for its reader: `images`, `catalogue`, `bands`, ...
@@ -387,7 +387,7 @@ def import_stamps(path,                   # a file of any known format, or a fol
     return write_source(source, folder, dtype=dtype, crop=crop, where=where, overwrite=overwrite,
                         progress=progress)
 
-# %% ../nbs/06_formats.ipynb #0e47030d
+# %% ../nbs/06_formats.ipynb #4b603d3b
 def _check_file(path: Path, overwrite: bool):
     "Refuse to replace what is there without being asked."
     if path.is_dir() or (path.exists() and not overwrite): raise InputError(
@@ -431,7 +431,7 @@ def _writing(path):
     except (RuntimeError, ValueError) as error:
         raise OSError(" ".join(str(error).split())) from error
 
-# %% ../nbs/06_formats.ipynb #a6f2f1a0
+# %% ../nbs/06_formats.ipynb #360083d3
 def _table_bytes(table: Table, block: int = 5_000) -> Iterator[bytes]:
     "A FITS table called CATALOGUE: its header, its rows, and zeros to the end of a FITS block."
     for row in range(0, len(table), block):
@@ -444,7 +444,7 @@ def _table_bytes(table: Table, block: int = 5_000) -> Iterator[bytes]:
         yield buffer.getbuffer()[start:start + rows]
     yield bytes(-len(table)*unit.header["NAXIS1"] % 2880)
 
-# %% ../nbs/06_formats.ipynb #a6e7aa43
+# %% ../nbs/06_formats.ipynb #323560e6
 def export_fits(stamps: StampSet,        # what to write
                 path,                    # the file
                 overwrite: bool = False, # replace a file that is there?
