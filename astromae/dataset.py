@@ -6,7 +6,7 @@
 __all__ = ['centre_crop', 'write_stamp_set', 'StampSet', 'row_numbers', 'digest_rows', 'SelectedImages', 'StampSource',
            'write_source', 'import_arrays']
 
-# %% ../nbs/03_dataset.ipynb #152a1b4b
+# %% ../nbs/03_dataset.ipynb #fb5f782a
 import fcntl, hashlib, io, json, shutil, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +28,7 @@ from .catalogue import (as_table, check_catalogue, duplicates, house_catalogue,
 from .errors import InputError, from_os_error, replace, write_aside, write_json
 from .survey import BANDS, PIXEL_SCALE
 
-# %% ../nbs/03_dataset.ipynb #251801ec
+# %% ../nbs/03_dataset.ipynb #3bccae02
 def _as_stored(images,           # (k, B, H, W) stamps as they come
                shape: tuple,     # what (B, H, W) must be
                dtype: np.dtype,  # of the pixels on disk
@@ -52,7 +52,7 @@ def _as_stored(images,           # (k, B, H, W) stamps as they come
         f"in {images.dtype}, and so have {len(bad) - 1} more of these {len(images)}; mend these "
         "stamps or leave them out.")
 
-# %% ../nbs/03_dataset.ipynb #384eaed5
+# %% ../nbs/03_dataset.ipynb #d2788f36
 def centre_crop(images,    # (..., H, W) tensor or array
                 size: int  # side of the crop, pixels
                ):          # (..., size, size), a view; the galaxy's pixel is (size//2, size//2)
@@ -64,11 +64,12 @@ def centre_crop(images,    # (..., H, W) tensor or array
     y, x = height//2 - size//2, width//2 - size//2
     return images[..., y:y + size, x:x + size]
 
-# %% ../nbs/03_dataset.ipynb #f1449ab2
+# %% ../nbs/03_dataset.ipynb #1f14fa52
 class _HashedFile:
     "A file whose bytes are written, and added to its SHA-256, while the next ones are made."
     def __init__(self, path, sha256=None, journal=None):
-        self.file, self.sha256 = open(path, "ab"), sha256 or hashlib.sha256()
+        self.file = open(path, "ab" if sha256 else "wb")
+        self.sha256 = sha256 or hashlib.sha256() # of what is there already
         self.journal = journal and open(journal, "a")
         self.end, self.pending = self.file.tell(), deque()
         self.writer, self.hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
@@ -103,7 +104,7 @@ class _HashedFile:
             digest = digest.result()
             if self.journal: print(end, digest, file=self.journal, flush=True)
 
-# %% ../nbs/03_dataset.ipynb #20d1d778
+# %% ../nbs/03_dataset.ipynb #12e056ef
 def _npy_header(shape: tuple, dtype: np.dtype) -> bytes:
     "How a `.npy` of C-ordered numbers begins."
     header = io.BytesIO()
@@ -128,7 +129,7 @@ def _write_blocks(file: _HashedFile, blocks, shape, dtype, row: int, progress: b
         f"{row:,} stamps came where {n:,} were announced; announce what comes, at least one.")
     return file.sha256.hexdigest()
 
-# %% ../nbs/03_dataset.ipynb #f3abd0cf
+# %% ../nbs/03_dataset.ipynb #282a9310
 def _write_catalogue(path, catalogue: Table, rows: np.ndarray, bands, block=5_000) -> str:
     "Write rows of the catalogue as a FITS table, some at a time; return its SHA-256."
     catalogue = tidy_catalogue(catalogue, bands)
@@ -164,7 +165,7 @@ def _finish(folder: Path, catalogue: Table, rows: np.ndarray, sha256: str, **des
     write_json(folder/"description.json",
                description | {"n": len(rows), "galaxies": galaxies, "checksums": sums})
 
-# %% ../nbs/03_dataset.ipynb #a90b98fa
+# %% ../nbs/03_dataset.ipynb #fbf28e72
 def _check_destination(folder: Path, overwrite: bool):
     "Refuse a destination that holds something which may not be replaced."
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())): return
@@ -189,7 +190,7 @@ def _with_objid(chunks, tables: list, bands) -> Iterator:
         tables.append(table)
         yield images, table["objid"]
 
-# %% ../nbs/03_dataset.ipynb #5b532fa9
+# %% ../nbs/03_dataset.ipynb #9ab4f793
 def write_stamp_set(
     folder,                         # where the set is to be
     chunks: Iterable,               # pairs of images (k, B, H, W) and `Table` of k rows
@@ -220,7 +221,7 @@ def write_stamp_set(
         _check_destination(folder, overwrite)
     return StampSet.open(folder)
 
-# %% ../nbs/03_dataset.ipynb #d077d3d0
+# %% ../nbs/03_dataset.ipynb #9be59057
 class StampSet:
     "Galaxy stamps and their catalogue in one folder; pixels stay on disk until they are asked for."
     def __init__(self,
@@ -244,7 +245,7 @@ class StampSet:
                 f"in {''.join(self.bands)}, {self.labelled.sum():,} with redshift, "
                 f"{self.images.dtype})")
 
-# %% ../nbs/03_dataset.ipynb #752a1ce6
+# %% ../nbs/03_dataset.ipynb #605f527d
 @patch
 def magnitudes(self: StampSet) -> np.ndarray: # (N, B) float32, AB mag
     "Dereddened magnitudes in the order of the bands."
@@ -261,7 +262,7 @@ def labelled(self: StampSet) -> np.ndarray: # (N,) bool
     "True where a galaxy has a spectroscopic redshift."
     return np.isfinite(self.redshifts())
 
-# %% ../nbs/03_dataset.ipynb #f34b47e1
+# %% ../nbs/03_dataset.ipynb #9620d0aa
 @contextmanager
 def _judging(path):
     "Say in one sentence whatever goes wrong when the file `path` of a stamp set is read."
@@ -300,7 +301,7 @@ def open(cls: StampSet, folder): # the folder of a stamp set
         check_catalogue(catalogue, description["bands"], folder/"catalogue.fits")
         return cls(folder, images, catalogue, description)
 
-# %% ../nbs/03_dataset.ipynb #1e8c9682
+# %% ../nbs/03_dataset.ipynb #41bd213f
 def _sha256(path) -> str:
     "SHA-256 of a file, which `sha256sum` prints too."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
@@ -313,7 +314,7 @@ def verify(self: StampSet) -> StampSet: # the set itself
             if _sha256(self.folder/name) != sha256: raise ValueError("its checksum is another")
     return self
 
-# %% ../nbs/03_dataset.ipynb #f0990a06
+# %% ../nbs/03_dataset.ipynb #baee666a
 def row_numbers(rows,         # row numbers, a mask of n, or None for all
                 n: int        # number of rows there are
                ) -> np.ndarray: # (k,) row numbers
@@ -331,7 +332,7 @@ def digest_rows(rows) -> str: # sixteen hexadecimal digits
     "A short fingerprint of an array of row numbers."
     return hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64)).hexdigest()[:16]
 
-# %% ../nbs/03_dataset.ipynb #68d557e4
+# %% ../nbs/03_dataset.ipynb #2c9fcad3
 class SelectedImages:
     "Some rows of an array of stamps, which are read when they are asked for."
     def __init__(self,
@@ -369,7 +370,7 @@ def select(self: StampSet,
                     "selection": {"condition": condition, "rows": digest_rows(of_file)}}
     return StampSet(self.folder, SelectedImages(images, of_file), self.catalogue[rows], description)
 
-# %% ../nbs/03_dataset.ipynb #2e11e0ba
+# %% ../nbs/03_dataset.ipynb #9f0dcff9
 @dataclass
 class StampSource:
     "Stamps that somebody else keeps: their catalogue, and their pixels block after block."
@@ -415,7 +416,7 @@ def _wanted(source: StampSource,
     if start != n: raise InputError(f"{source.origin} ends after {start:,} of its {n:,} stamps, or "
                                     "is longer than it says; fetch or write it again.")
 
-# %% ../nbs/03_dataset.ipynb #39284f6b
+# %% ../nbs/03_dataset.ipynb #9d1f9953
 def _whole_part(images: Path, journal: Path) -> tuple: # its length, and SHA-256 up to there
     "Cut an unfinished file and its journal to what is whole."
     end, good, lines, sha256 = 0, hashlib.sha256(), [], hashlib.sha256()
@@ -434,7 +435,7 @@ def _whole_part(images: Path, journal: Path) -> tuple: # its length, and SHA-256
     return end, good
 
 def _pick_up(part: Path, plan: dict) -> tuple: # length of what is there, SHA-256 up to there
-    "What is whole of an earlier import with the same plan, if its source can be told; else nothing."
+    "What is whole of an earlier import with the same plan; nothing if its source cannot be told."
     old = (part/"plan.json").read_text() if (part/"plan.json").exists() else None
     plan = json.dumps(plan, default=str)
     if old == plan and json.loads(plan)["fingerprint"]:
@@ -446,7 +447,7 @@ def _pick_up(part: Path, plan: dict) -> tuple: # length of what is there, SHA-25
     with write_aside(part/"plan.json") as new: new.write_text(plan)
     return 0, hashlib.sha256()
 
-# %% ../nbs/03_dataset.ipynb #9bdc4338
+# %% ../nbs/03_dataset.ipynb #c781eb03
 @contextmanager
 def _unfinished(folder: Path, keep: bool):
     "Lock and yield the hidden folder beside `folder`; it stays after an interruption if `keep`."
@@ -461,7 +462,8 @@ def _unfinished(folder: Path, keep: bool):
             if not (part/"lock").exists(): raise busy # it finished between the two lines above
             try: yield part
             except BaseException as error:
-                if isinstance(error, InputError) or not keep: shutil.rmtree(part, ignore_errors=True)
+                useless = isinstance(error, InputError) or not keep
+                if useless: shutil.rmtree(part, ignore_errors=True)
                 raise
             shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
@@ -470,7 +472,7 @@ def _unfinished(folder: Path, keep: bool):
                                       f"whole in {part}.")
         raise InputError(sentence) from error
 
-# %% ../nbs/03_dataset.ipynb #3f90113f
+# %% ../nbs/03_dataset.ipynb #e239e4e5
 def write_source(source: StampSource,     # what a reader found
                  folder,                  # where the set is to be
                  dtype: str = "float32",  # of the pixels on disk, or `float16`
@@ -506,7 +508,7 @@ def write_source(source: StampSource,     # what a reader found
         replace(part/"set", folder)
     return StampSet.open(folder)
 
-# %% ../nbs/03_dataset.ipynb #83cfac7f
+# %% ../nbs/03_dataset.ipynb #058e7385
 def import_arrays(cube,                          # (N, H, W, B) stamps, or (N, B, H, W)
                   catalogue,                     # `Table`, record array, DataFrame or dict
                   folder,                        # where the set is to be

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['InputError', 'from_os_error', 'replace', 'write_aside', 'write_json', 'select_device']
 
-# %% ../nbs/00_errors.ipynb #111a4d9f
+# %% ../nbs/00_errors.ipynb #adc62f7e
 import json, os, shutil, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-# %% ../nbs/00_errors.ipynb #f722f986
+# %% ../nbs/00_errors.ipynb #706038c0
 class InputError(ValueError):
     "Something handed in is wrong: one sentence says what, where, and what to do."
     def __init__(self, sentence: str):
@@ -21,7 +21,7 @@ class InputError(ValueError):
 
     def __str__(self): return self.sentence
 
-# %% ../nbs/00_errors.ipynb #5913cb81
+# %% ../nbs/00_errors.ipynb #540cb3ae
 _REMEDIES = {
     "PermissionError": "choose a folder that you may write to",
     "FileNotFoundError": "check the path",
@@ -36,7 +36,7 @@ def from_os_error(error: Exception,     # what the operating system said, or saf
     remedy = _REMEDIES.get(type(error).__name__, "free some space or choose another disk")
     return InputError(f"{doing} failed: {getattr(error, 'strerror', None) or error}; {remedy}.")
 
-# %% ../nbs/00_errors.ipynb #230e35c1
+# %% ../nbs/00_errors.ipynb #8e994374
 def _remove(path: Path):
     "Remove a file or a folder, if it is there."
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
@@ -54,7 +54,7 @@ def replace(new: Path,  # what is whole
             os.replace(retired, old)
             raise
 
-# %% ../nbs/00_errors.ipynb #72619d0f
+# %% ../nbs/00_errors.ipynb #661ab897
 @contextmanager
 def write_aside(path):  # file or folder to be written
     "Yield a path beside `path`; rename it to `path` if the block succeeds, else remove it."
@@ -68,13 +68,13 @@ def write_aside(path):  # file or folder to be written
     except (OSError, SafetensorError) as error:
         raise from_os_error(error, f"writing {path}") from error
 
-# %% ../nbs/00_errors.ipynb #84c69938
+# %% ../nbs/00_errors.ipynb #139e7a46
 def write_json(path,    # the file
                values): # dictionary or list of what JSON knows
     "Write `values` as a JSON file, aside and renamed."
     with write_aside(path) as new: new.write_text(json.dumps(values, indent=2) + "\n")
 
-# %% ../nbs/00_errors.ipynb #c6fd1124
+# %% ../nbs/00_errors.ipynb #52016cab
 def select_device(name=None # `cpu`, `cuda:1`, ..., or a `torch.device`; None: a GPU if any
                  ):         # the `torch.device`
     "The device called `name`, checked with one tiny tensor; `InputError` if it is not to be had."

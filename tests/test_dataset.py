@@ -577,6 +577,7 @@ def spy(made):
 @pytest.mark.parametrize("spoil, expected", [
     (lambda part: None, 50),
     (lambda part: os.truncate(part/"set"/"images.npy", 50_000), 30),
+    (lambda part: (part/"set"/"catalogue.fits").write_text("half a catalogue"), 50),
     (lambda part: (part/"set"/"images.npy").write_bytes(b"\0"*20_000), 0),
     (lambda part: (part/"set"/"images.npy").unlink(), 0),
     (lambda part: (part/"journal").write_bytes(b"\0"*300), 0),
