@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['detect', 'detect_fields']
 
-# %% ../nbs/01_galaxies.ipynb #02b6ce06
+# %% ../nbs/01_galaxies.ipynb #daf2f0e7
 from collections.abc import Iterable
 
 import numpy as np
@@ -15,10 +15,10 @@ from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
 from .errors import InputError
-from .frames import Field, find_fields, find_sources, gaussian_field, read_field
+from .frames import Field, find_fields, find_sources, read_field
 from .survey import BANDS, GAIN, PIXEL_SCALE, PSF_FWHM, flux_to_mag
 
-# %% ../nbs/01_galaxies.ipynb #a508bdff
+# %% ../nbs/01_galaxies.ipynb #43021bc3
 def _point_source_size(size, signal, good) -> float: # pixels
     "Half-light radius of the field's point sources: the densest narrow range of sizes."
     bright = np.sort(size[good & (signal > 50)])
@@ -38,8 +38,8 @@ def _photometry(field: Field, sources, flat, noise) -> dict:
     flux, error = np.full(shape, np.nan), np.full(shape, np.nan)
     for k, wcs in enumerate(field.wcs):
         if wcs is None: continue
-        _, image, sigma = (None, flat, noise) if k == field.reference else (
-            None, field.images[k], 1.4826*np.median(np.abs(field.images[k][::4, ::4])))
+        image, sigma = (flat, noise) if k == field.reference else (
+            field.images[k], 1.4826*np.median(np.abs(field.images[k][::4, ::4])))
         x, y = wcs.all_world2pix(*sky, 0, quiet=True)
         flux[k] = sep.sum_ellipse(image, x, y, a, b, theta, radius, mask=field.bad[k], subpix=5)[0]
         variance = np.pi*a*b*radius**2*sigma**2
@@ -47,7 +47,7 @@ def _photometry(field: Field, sources, flat, noise) -> dict:
         error[k] = np.sqrt(variance + np.abs(flux[k])/gain)
     return dict(flux=flux, error=error, radius=radius*a, sky=sky)
 
-# %% ../nbs/01_galaxies.ipynb #68f90150
+# %% ../nbs/01_galaxies.ipynb #611a1413
 def detect(field: Field,            # frames, from `read_field`
            threshold: float = 1.5,  # in standard deviations of the sky, per pixel
            star_margin: float = 0.12# a star is at most this much larger than a point source
@@ -65,17 +65,17 @@ def detect(field: Field,            # frames, from `read_field`
     signal = np.maximum(found["flux"][k]/found["error"][k], 1e-3)
     row, column = (np.clip(np.rint(sources[n]).astype(int), 0, top - 1)
                    for n, top in zip("yx", field.images.shape[1:]))
-    saturated = field.saturated[k][row, column]
+    saturated = field.saturated[:, row, column].any(0)
     good = (sources["flag"] == 0) & ~saturated & (sources["b"] > 0.8*sources["a"])
     point = _point_source_size(size, signal, good)
     table["half_light_radius"] = size*PIXEL_SCALE
     table["signal_to_noise"] = signal
     table["is_star"] = saturated | (size < point*(1 + np.hypot(star_margin, 1/signal)))
     table["flag_saturated"] = saturated
-    table.meta["point_source_radius"] = point*PIXEL_SCALE
+    table.meta["PSF_R50"] = point*PIXEL_SCALE
     return table
 
-# %% ../nbs/01_galaxies.ipynb #ace0da63
+# %% ../nbs/01_galaxies.ipynb #d5832fb9
 def _house_columns(field: Field, sources, found) -> Table:
     "Identity, position, magnitudes, shape; the position angle is east of north."
     place = dict(run=field.run, camcol=field.camcol, field=field.field)
@@ -97,7 +97,7 @@ def _house_columns(field: Field, sources, found) -> Table:
     table["axis_ratio"] = sources["b"]/sources["a"]
     return table
 
-# %% ../nbs/01_galaxies.ipynb #b3b2642a
+# %% ../nbs/01_galaxies.ipynb #fb317bfe
 def detect_fields(folder,                     # holds the frames
                   bands: Iterable[str] = BANDS,
                   faintest: float = 20.,      # magnitude in the reference band

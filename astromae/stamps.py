@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLAGS', 'cut_stamps', 'assign_fields', 'cut_fields']
 
-# %% ../nbs/01_stamps.ipynb #7745b887
+# %% ../nbs/01_stamps.ipynb #4e100519
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +19,10 @@ from scipy import ndimage
 from tqdm.auto import tqdm
 
 from .errors import InputError
-from .frames import (Field, bend, field_sources, find_fields, find_sources, gaussian,
-                             gaussian_field, gaussian_wcs, read_field)
-from .galaxies import detect, detect_fields
-from .survey import BANDS, GAIN, PIXEL_SCALE, find_frame
+from .frames import Field, field_sources, find_fields, read_field
+from .survey import BANDS, PIXEL_SCALE, find_frame
 
-# %% ../nbs/01_stamps.ipynb #919910aa
+# %% ../nbs/01_stamps.ipynb #7ef4d224
 def _local_maps(field: Field, k: int, # band
                 x, y,                 # (N,) pixels of the reference band
                 size: int             # of the stamp
@@ -43,10 +41,11 @@ def _local_maps(field: Field, k: int, # band
     centre = np.stack([py[:, 0], px[:, 0]], -1)
     return matrix, centre - matrix.sum(-1)*(size//2)
 
-# %% ../nbs/01_stamps.ipynb #7d0f2d22
+# %% ../nbs/01_stamps.ipynb #64fa7fe7
 def _resample(image, bad, saturated, maps, size, order):
     "Stamps of one band, and for each: beyond the edge, without value, saturated."
-    spline = ndimage.spline_filter(image, order, output=np.float32, mode="mirror")
+    spline = image if order == 1 else ndimage.spline_filter(image, order, output=np.float32,
+                                                            mode="mirror")
     matrices, offsets = maps
     stamps = np.empty((len(offsets), size, size), np.float32)
     masks = [ndimage.binary_dilation(bad, iterations=2) if bad.any() else None,
@@ -64,7 +63,7 @@ def _resample(image, bad, saturated, maps, size, order):
     stamps *= np.abs(np.linalg.det(matrices)).astype(np.float32)[:, None, None]
     return stamps, found
 
-# %% ../nbs/01_stamps.ipynb #af909a97
+# %% ../nbs/01_stamps.ipynb #9382cf30
 FLAGS = tuple(f"flag_{name}" for name in ("edge", "missing", "saturated", "neighbour", "band"))
 
 def _bright_neighbour(field: Field, x, y, size: int, ratio: float) -> np.ndarray: # (N,) bool
@@ -81,7 +80,7 @@ def _bright_neighbour(field: Field, x, y, size: int, ratio: float) -> np.ndarray
         answer[n] = (flux >= ratio*mine).any()
     return answer
 
-# %% ../nbs/01_stamps.ipynb #4bc2ac7f
+# %% ../nbs/01_stamps.ipynb #63ade69b
 def _check_positions(ra, dec, rows) -> tuple[np.ndarray, np.ndarray]:
     "Right ascensions in [0, 360) and declinations, or one sentence about the first bad row."
     try: ra, dec = (np.ma.filled(np.ma.asarray(v).astype(float), np.nan).ravel() for v in (ra, dec))
@@ -111,7 +110,7 @@ def _pixels(field: Field, ra, dec) -> np.ndarray: # (2, N), NaN more than a degr
     if near.any(): pixel[:, near] = wcs.all_world2pix(ra[near], dec[near], 0, quiet=True)
     return pixel
 
-# %% ../nbs/01_stamps.ipynb #e3c7538a
+# %% ../nbs/01_stamps.ipynb #6c35c745
 def cut_stamps(field: Field,         # frames, from `read_field`
                ra, dec,              # (N,) degrees, ICRS
                size: int = 64,       # pixels of 0.396 arcsec
@@ -127,6 +126,8 @@ def cut_stamps(field: Field,         # frames, from `read_field`
         f"a stamp cannot have {size} pixels on a side; give a whole number from 1 on.")
     if on_bad not in ("flag", "refuse"): raise InputError(
         f"bad stamps are flagged or refused; choose flag or refuse and not {on_bad}.")
+    if order not in range(1, 6): raise InputError(
+        f"there is no spline of order {order} here; choose 1 to 5.")
     ra, dec = _check_positions(ra, dec, rows)
     x, y = _pixels(field, ra, dec)
     inside = field.inside(x, y)
@@ -141,7 +142,7 @@ def cut_stamps(field: Field,         # frames, from `read_field`
     np.nan_to_num(images, copy=False, nan=0)
     return images, _finish_flags(flags, on_bad, rows, field.name)
 
-# %% ../nbs/01_stamps.ipynb #112d4e33
+# %% ../nbs/01_stamps.ipynb #d17e4a82
 def _cut_bands(field: Field, images, flags, x, y, inside, order, threads):
     "Fill the images of the positions that lie inside, band by band."
     flags["flag_edge"], flags["flag_missing"] = ~inside, ~inside
@@ -168,7 +169,7 @@ def _finish_flags(flags: Table, on_bad: str, rows, name: str) -> Table:
                          "leave it out, or choose on_bad='flag'.")
     return flags
 
-# %% ../nbs/01_stamps.ipynb #2d5c2648
+# %% ../nbs/01_stamps.ipynb #c80e25c4
 def assign_fields(ra, dec,      # (N,) degrees
                   fields: dict  # from `find_fields`
                  ) -> tuple[list, np.ndarray]: # the fields, and for each position its place or -1
@@ -183,7 +184,7 @@ def assign_fields(ra, dec,      # (N,) degrees
         best = np.maximum(best, margin)
     return places, answer
 
-# %% ../nbs/01_stamps.ipynb #20edbf71
+# %% ../nbs/01_stamps.ipynb #3578d4c9
 def _in_order(chunks: Iterable, # of (rows, images, Table)
               n: int,           # rows in all
               scratch=None      # folder of the temporary file
@@ -207,7 +208,7 @@ def _in_order(chunks: Iterable, # of (rows, images, Table)
                                                       for k in range(next_row, stop)])
                 next_row = stop
 
-# %% ../nbs/01_stamps.ipynb #88646607
+# %% ../nbs/01_stamps.ipynb #f95ab0ec
 def _cut_group(folder, place, rows, ra, dec, bands, size, on_bad, astrometry, registered, threads):
     "Read one field and cut its stamps; a field without frames gives flagged stamps, or refuses."
     if place is None or not any(find_frame(folder, band, *place) for band in bands):
@@ -226,7 +227,7 @@ def _cut_group(folder, place, rows, ra, dec, bands, size, on_bad, astrometry, re
         flags = _finish_flags(flags, on_bad, rows, field.name)
     return rows, images, flags
 
-# %% ../nbs/01_stamps.ipynb #91b7792c
+# %% ../nbs/01_stamps.ipynb #b8e18dee
 def _groups(catalogue: Table, folder, ra, dec, bands):
     "The fields of a catalogue in the order of their first rows: [(place, rows)]."
     if {"run", "camcol", "field"} <= set(catalogue.colnames):
@@ -247,7 +248,7 @@ def _groups(catalogue: Table, folder, ra, dec, bands):
     for row, place in enumerate(places): groups.setdefault(place, []).append(row)
     return [(place, np.array(rows)) for place, rows in groups.items()]
 
-# %% ../nbs/01_stamps.ipynb #57964a63
+# %% ../nbs/01_stamps.ipynb #44d20c5b
 def cut_fields(catalogue: Table,            # with `ra` and `dec`; `run camcol field` if known
                folder,                      # holds the frames
                size: int = 64,              # pixels on a side
@@ -281,7 +282,7 @@ def cut_fields(catalogue: Table,            # with `ra` and `dec`; `run camcol f
                         catalogue, places)
     return _in_order(chunks, len(catalogue), scratch)
 
-# %% ../nbs/01_stamps.ipynb #de320080
+# %% ../nbs/01_stamps.ipynb #e13c1d50
 def _with_rows(results, catalogue: Table, places: dict):
     "Join flags to the catalogue's rows, and the field where the catalogue does not say it."
     for rows, images, flags in results:
