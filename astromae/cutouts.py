@@ -5,26 +5,28 @@
 # %% auto #0
 __all__ = ['cut_stamp_set']
 
-# %% ../nbs/07_cutouts.ipynb #a94cce9a
+# %% ../nbs/07_cutouts.ipynb #f94af5fb
 from collections.abc import Iterable
 from pathlib import Path
 
 from .catalogue import as_table, house_catalogue
 from .dataset import StampSet, write_stamp_set
+from .errors import InputError
 from .galaxies import detect_fields
 from .sources import read_catalogue
 from .stamps import cut_fields
 from .survey import BANDS
 
-# %% ../nbs/07_cutouts.ipynb #d54c78d6
+# %% ../nbs/07_cutouts.ipynb #7626a3a2
 def cut_stamp_set(frames,                       # folder with the frames
                   folder,                       # where the stamp set is to be
-                  catalogue=None,               # `Table` or file with ra, dec; None: detect galaxies
+                  catalogue=None,               # `Table` or file with ra, dec; None: detect them
                   size: int = 64,               # pixels on a side
                   bands: Iterable[str] = BANDS, # to be cut
                   faintest: float = 20.,        # r magnitude down to which galaxies are detected
                   on_bad: str = "flag",         # or `refuse`: the first bad stamp is an error
                   processes: int = 2,           # fields at the same time
+                  astrometry: str|None = None,  # `header`, `survey`; None: see above
                   dtype: str = "float32",       # of the pixels on disk, or `float16`
                   overwrite: bool = False,      # replace a stamp set that is there?
                   progress: bool = False,       # show bars?
@@ -37,8 +39,11 @@ def cut_stamp_set(frames,                       # folder with the frames
     if catalogue is None:
         catalogue = detect_fields(frames, bands, faintest, processes=processes, progress=progress)
     table = as_table(catalogue, where)
-    table, _ = house_catalogue(table, len(table), bands, where)
-    chunks = cut_fields(table, frames, size, bands, processes, on_bad, progress=progress,
-                        scratch=Path(folder).absolute().parent, **settings)
+    astrometry = astrometry or ("survey" if "RELEASE" in table.meta else "header")
+    table, filled = house_catalogue(table, len(table), bands, where)
+    for name in {"ra", "dec"} & set(filled): raise InputError(
+        f"{where} has no column {name!r}; name its positions ra and dec, in degrees.")
+    chunks = cut_fields(table, frames, size, bands, processes, on_bad, astrometry,
+                        progress=progress, scratch=Path(folder).absolute().parent, **settings)
     return write_stamp_set(folder, chunks, len(table), bands, origin=f"frames in {frames}",
                            dtype=dtype, overwrite=overwrite)

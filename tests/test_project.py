@@ -84,13 +84,17 @@ def test_cells_are_short_and_lines_fit(path):
 
 
 @pytest.mark.parametrize("path", ROOMS, ids=[path.stem for path in ROOMS])
-def test_a_room_uses_only_rooms_with_smaller_numbers(path):
-    number = {room.stem[3:]: int(room.stem[:2]) for room in ROOMS}
+def test_a_room_uses_only_rooms_that_stand_before_it(path):
+    order = [room[3:] for room in re.findall(r"- (\d\d_\w+)\.ipynb", (REPOSITORY/"_quarto.yml").read_text())]
     exported = [c for c in cells(path) if "".join(c["source"]).startswith("#| export")]
     text = "\n".join("".join(cell["source"]) for cell in exported)
     used = set(re.findall(r"^(?:from|import) astromae\.(\w+)", text, re.M))
-    own = int(path.stem[:2])
-    assert all(number[name] < own or (number[name] == own == 0) for name in used), used
+    assert used <= set(order[:order.index(path.stem[3:])]), used
+
+
+def test_the_site_shows_the_rooms_in_the_order_of_their_numbers():
+    numbers = re.findall(r"- (\d\d)_\w+\.ipynb", (REPOSITORY/"_quarto.yml").read_text())
+    assert numbers == sorted(numbers)
 
 
 def test_the_site_names_every_notebook_and_no_other_file():
