@@ -9,7 +9,7 @@ __all__ = ['PRETRAIN_PRESETS', 'FINETUNE_PRESETS', 'LOSSES', 'Trained', 'Pretrai
            'check_run', 'claim_run', 'make_learner', 'train_phase', 'autoencoder_loss', 'load_trained', 'pretrain',
            'redshift_scale', 'match_encoder', 'weights_digest', 'finetune']
 
-# %% ../nbs/21_training.ipynb #08f18670
+# %% ../nbs/21_training.ipynb #8257e369
 import hashlib, json, time
 from collections import namedtuple
 from contextlib import closing
@@ -43,7 +43,7 @@ from .models import Preprocessing, check_bands, load_model, save_model
 from .redshift import RedshiftConfig, RedshiftNetwork, transfer_encoder
 from .schedules import decaying_restarts, warmup_cosine
 
-# %% ../nbs/21_training.ipynb #9daaf06c
+# %% ../nbs/21_training.ipynb #35cfaca2
 @dataclass(frozen=True)
 class PretrainSettings:
     "How the masked autoencoder is trained; the defaults are the paper's."
@@ -60,7 +60,7 @@ class PretrainSettings:
     checkpoint_every: int = 10           # epochs [ours]
     seed: int = 42
 
-# %% ../nbs/21_training.ipynb #cb94a782
+# %% ../nbs/21_training.ipynb #63e2cd5a
 @dataclass(frozen=True)
 class FinetuneSettings:
     "How the redshift network is trained; the defaults are the paper's."
@@ -83,7 +83,7 @@ class FinetuneSettings:
     checkpoint_every: int = 10           # epochs [ours]
     seed: int = 42
 
-# %% ../nbs/21_training.ipynb #d6f6d04f
+# %% ../nbs/21_training.ipynb #10a78a31
 PRETRAIN_PRESETS = {
     "paper": PretrainSettings(),
     "demo": PretrainSettings(epochs=5, batch_size=128, peak_rate=1e-3, warmup_epochs=1,
@@ -96,14 +96,14 @@ FINETUNE_PRESETS = {
                              scale_redshift=True, whole_image_statistics=True),
 }
 
-# %% ../nbs/21_training.ipynb #2ff40faa
+# %% ../nbs/21_training.ipynb #35b772dc
 def schedule_of(settings: PretrainSettings|FinetuneSettings): # a function of the fraction done
     "The learning-rate schedule that a phase's settings describe."
     if isinstance(settings, PretrainSettings):
         return warmup_cosine(settings.epochs, settings.warmup_epochs, settings.peak_rate)
     return decaying_restarts(settings.epochs, settings.rate, settings.cycle, settings.decay)
 
-# %% ../nbs/21_training.ipynb #18ad626e
+# %% ../nbs/21_training.ipynb #f3630246
 def normalised_absolute_error(prediction: torch.Tensor, # (B,) predicted redshift
                               z_spec: torch.Tensor      # (B,) spectroscopic redshift
                              ) -> torch.Tensor:         # scalar
@@ -112,7 +112,7 @@ def normalised_absolute_error(prediction: torch.Tensor, # (B,) predicted redshif
 
 LOSSES = {"mse": F.mse_loss, "absolute": F.l1_loss, "normalised": normalised_absolute_error}
 
-# %% ../nbs/21_training.ipynb #b331ba39
+# %% ../nbs/21_training.ipynb #947b9a69
 class SeedEpoch(Callback):
     "Make every epoch draw the same random numbers in every run with the same seed."
     order = -20
@@ -125,7 +125,7 @@ class SeedEpoch(Callback):
         self._seed(self.epoch + 1)
     def before_validate(self): self._seed(0)
 
-# %% ../nbs/21_training.ipynb #b4c18249
+# %% ../nbs/21_training.ipynb #849ddf13
 class ImageRate(Callback):
     "One progress bar for the whole phase: images, their rate, and the loss."
     order = 60
@@ -144,7 +144,7 @@ class ImageRate(Callback):
         "Take the bar away, also when the training was broken off."
         if hasattr(self, "bar"): self.bar.close()
 
-# %% ../nbs/21_training.ipynb #d9ae1a56
+# %% ../nbs/21_training.ipynb #c9fc4245
 class History(Callback):
     "Write the losses, the learning rate and the time of every epoch to a CSV file."
     order = 61
@@ -161,7 +161,7 @@ class History(Callback):
                           "rate": self.opt.hypers[-1]["lr"], "seconds": time.time() - self.begun})
         with write_aside(self.file) as new: pd.DataFrame(self.rows).to_csv(new, index=False)
 
-# %% ../nbs/21_training.ipynb #23fe9e0e
+# %% ../nbs/21_training.ipynb #b26145e2
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict: # name -> tensor
     "The state of an optimizer as a flat dictionary of tensors."
     state = optimizer.state_dict()["state"]
@@ -178,7 +178,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, # with the parameters of
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-# %% ../nbs/21_training.ipynb #3fc725fc
+# %% ../nbs/21_training.ipynb #01fb83a1
 class Checkpoint(Callback):
     "Write weights, optimizer and the number of finished epochs, every few epochs."
     order = 65
@@ -202,7 +202,7 @@ def load_checkpoint(folder: Path, learner: Learner) -> int: # epochs that are fi
     restore_optimizer(learner.opt.opt, load_file(folder/"optimizer.safetensors"))
     return json.loads((folder/"checkpoint.json").read_text())["finished_epochs"]
 
-# %% ../nbs/21_training.ipynb #840d84ca
+# %% ../nbs/21_training.ipynb #161448dc
 def process_device(name: str|None = None) -> torch.device: # None: this process's GPU, else the CPU
     "The device of this process: with several processes and GPUs, each has its own."
     return PartialState().device if name is None and num_distrib() else select_device(name)
@@ -211,7 +211,7 @@ def rank_and_world() -> tuple: # this process's number, and how many there are
     "Which process this is, of how many."
     return rank_distrib(), max(num_distrib(), 1)
 
-# %% ../nbs/21_training.ipynb #49887914
+# %% ../nbs/21_training.ipynb #7f6f5370
 def make_loaders(stamps: StampSet, rows: np.ndarray, valid_rows: np.ndarray,
                  targets: str,                 # images or redshift
                  preprocessing: Preprocessing, # crop and normalisation
@@ -228,7 +228,7 @@ def make_loaders(stamps: StampSet, rows: np.ndarray, valid_rows: np.ndarray,
                         interpolation=settings.interpolation, **common),
             BatchLoader(stamps, valid_rows, train=False, **common))
 
-# %% ../nbs/21_training.ipynb #b18a951b
+# %% ../nbs/21_training.ipynb #d7c3cb83
 def describe_data(stamps: StampSet, train_rows: np.ndarray, valid_rows: np.ndarray) -> dict:
     "What identifies the data of a run: the set's checksums, which part of it, and the rows."
     return {"checksums": stamps.description["checksums"],
@@ -236,7 +236,7 @@ def describe_data(stamps: StampSet, train_rows: np.ndarray, valid_rows: np.ndarr
             "train_rows": [len(train_rows), digest_rows(train_rows)],
             "valid_rows": [len(valid_rows), digest_rows(valid_rows)]}
 
-# %% ../nbs/21_training.ipynb #b193bda4
+# %% ../nbs/21_training.ipynb #3f675321
 def _differences(old: dict, new: dict, prefix: str = "") -> list:
     "Names and values that two nested dictionaries do not share."
     found = []
@@ -262,7 +262,7 @@ def claim_run(folder: Path, description: dict):
     if (folder/"run.json").exists() or rank_distrib(): return
     write_json(folder/"run.json", description)
 
-# %% ../nbs/21_training.ipynb #57db7258
+# %% ../nbs/21_training.ipynb #1893362d
 def make_learner(model, loaders, loss, settings) -> Learner:
     "A fastai `Learner` with the paper's AdamW and no callbacks but the recorder."
     adamw = partial(OptimWrapper, opt=torch.optim.AdamW, betas=settings.betas, fused=True)
@@ -273,7 +273,7 @@ def make_learner(model, loaders, loss, settings) -> Learner:
     learner.logger = lambda *args: None
     return learner
 
-# %% ../nbs/21_training.ipynb #6546dd53
+# %% ../nbs/21_training.ipynb #a14835b6
 def train_phase(model,            # on the device
                 loaders,          # training and validation `BatchLoader`
                 loss,             # of (prediction, target)
@@ -294,7 +294,7 @@ def train_phase(model,            # on the device
         with learner.distrib_ctx(sync_bn=loaders[0].device.type == "cuda"), closing(bar):
             learner.fit(settings.epochs, cbs=[*callbacks, *cbs], start_epoch=start)
 
-# %% ../nbs/21_training.ipynb #e4e85cae
+# %% ../nbs/21_training.ipynb #eba0598e
 def autoencoder_loss(output, images):
     "The loss that a `MaskedAutoencoder` returns first; the images are its own target."
     return output[0]
@@ -302,9 +302,13 @@ def autoencoder_loss(output, images):
 Trained = namedtuple("Trained", "model preprocessing history folder")
 
 def load_trained(folder, kind: str|None = None) -> Trained: # the run's folder; see `load_model`
-    "What a finished run left in its folder; the model is on the CPU."
-    model, preprocessing = load_model(Path(folder)/"model", device="cpu", kind=kind)
-    return Trained(model, preprocessing, pd.read_csv(Path(folder)/"history.csv"), Path(folder))
+    "What a finished run left in its folder, on the CPU; `InputError` if it is none."
+    folder = Path(folder)
+    if not (folder/"model").is_dir(): raise InputError(
+        f"{folder} is no folder of a finished run, which holds history.csv and model; name the "
+        "run's folder, or finish the run.")
+    model, preprocessing = load_model(folder/"model", device="cpu", kind=kind)
+    return Trained(model, preprocessing, pd.read_csv(folder/"history.csv"), folder)
 
 def _finish(folder: Path, model, preprocessing: Preprocessing) -> Trained:
     "Save the model from the first process; every process returns what was saved."
@@ -312,7 +316,7 @@ def _finish(folder: Path, model, preprocessing: Preprocessing) -> Trained:
     distrib_barrier()
     return load_trained(folder)
 
-# %% ../nbs/21_training.ipynb #e492c000
+# %% ../nbs/21_training.ipynb #3ba967f4
 def pretrain(stamps: StampSet,                  # images; redshifts are not looked at
              rows: np.ndarray,                  # row numbers to train on
              watch_rows: np.ndarray,            # row numbers to watch the loss on
@@ -343,13 +347,13 @@ def pretrain(stamps: StampSet,                  # images; redshifts are not look
                 progress, cbs)
     return _finish(folder, autoencoder, preprocessing)
 
-# %% ../nbs/21_training.ipynb #9722e0f9
+# %% ../nbs/21_training.ipynb #1b670725
 def redshift_scale(stamps: StampSet, rows: np.ndarray) -> dict: # fields of a `RedshiftConfig`
     "Mean and standard deviation of the redshifts of the training rows."
     z_spec = stamps.redshifts()[rows]
     return {"redshift_mean": float(z_spec.mean()), "redshift_std": float(z_spec.std())}
 
-# %% ../nbs/21_training.ipynb #f1aed2b0
+# %% ../nbs/21_training.ipynb #26b881b9
 def match_encoder(network: RedshiftConfig,       # an architecture
                   autoencoder: MAEConfig         # that of the pretrained weights
                  ) -> RedshiftConfig:            # the same, with the autoencoder's sizes
@@ -357,7 +361,7 @@ def match_encoder(network: RedshiftConfig,       # an architecture
     sizes = {field.name: getattr(autoencoder, field.name) for field in fields(EncoderConfig)}
     return replace(network, **{**sizes, "encoder": network.encoder})
 
-# %% ../nbs/21_training.ipynb #6997da2a
+# %% ../nbs/21_training.ipynb #c289783b
 def _check_labels(stamps: StampSet, rows: np.ndarray, part: str):
     "Refuse rows without a spectroscopic redshift."
     missing = rows[~stamps.labelled[rows]]
@@ -366,7 +370,7 @@ def _check_labels(stamps: StampSet, rows: np.ndarray, part: str):
                          f"{len(rows)} {part} rows (the first is row {missing[0]}); "
                          "fine-tune on labelled galaxies only.")
 
-# %% ../nbs/21_training.ipynb #5e060d47
+# %% ../nbs/21_training.ipynb #957df430
 def weights_digest(model: torch.nn.Module) -> str: # sixteen hexadecimal digits
     "A short fingerprint of all weights of a model."
     digest = hashlib.sha256()
@@ -375,7 +379,7 @@ def weights_digest(model: torch.nn.Module) -> str: # sixteen hexadecimal digits
         digest.update(tensor.detach().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/21_training.ipynb #bff20c4d
+# %% ../nbs/21_training.ipynb #09eace5a
 def _adapted(network: RedshiftConfig, stamps, rows, settings, autoencoder) -> RedshiftConfig:
     "A network with the set's bands, the autoencoder's sizes, and the scale of the redshifts."
     network = replace(network, channels=len(stamps.bands))
@@ -384,7 +388,7 @@ def _adapted(network: RedshiftConfig, stamps, rows, settings, autoencoder) -> Re
         network = match_encoder(network, autoencoder.model.config)
     return replace(network, **redshift_scale(stamps, rows)) if settings.scale_redshift else network
 
-# %% ../nbs/21_training.ipynb #55d16006
+# %% ../nbs/21_training.ipynb #8b2b8ac9
 def finetune(stamps: StampSet,                  # images, magnitudes, redshifts
              rows: np.ndarray,                  # row numbers to train on
              valid_rows: np.ndarray,            # row numbers to watch the loss on
