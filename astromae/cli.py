@@ -7,7 +7,7 @@ __all__ = ['app', 'Device', 'Seed', 'Preset', 'ExperimentName', 'Epochs', 'Batch
            'Server', 'Release', 'InMemory', 'simulate_verb', 'query_verb', 'fetch_verb', 'cut_verb', 'import_verb',
            'export_verb', 'pretrain_verb', 'finetune_verb', 'predict_verb', 'demo_verb', 'bench_verb', 'main']
 
-# %% ../nbs/90_cli.ipynb #825343b8
+# %% ../nbs/90_cli.ipynb #dcd0602f
 import sys, warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +18,7 @@ import typer
 
 from .errors import InputError
 
-# %% ../nbs/90_cli.ipynb #135b38cd
+# %% ../nbs/90_cli.ipynb #7087eb1e
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   rich_markup_mode=None,
                   help="Photometric redshifts of galaxies from images, by masked autoencoding.")
@@ -40,7 +40,7 @@ Server = Annotated[Optional[str], typer.Option(help="address; default: astroquer
 Release = Annotated[Optional[int], typer.Option(help="data release; default: astroquery's")]
 InMemory = Annotated[bool, typer.Option(help="keep the stamps in memory, on the device")]
 
-# %% ../nbs/90_cli.ipynb #8b8f5361
+# %% ../nbs/90_cli.ipynb #22da437e
 def _preset(presets: dict, name: str, **overrides):
     "The settings of a preset, with the options that were given."
     if name not in presets:
@@ -50,16 +50,28 @@ def _preset(presets: dict, name: str, **overrides):
 def _open(folder: Path, where: str|None):
     "A stamp set, or the part of it that meets a condition."
     from astromae.dataset import StampSet
+    if where and folder.is_file(): raise InputError(
+        f"--where needs a stamp set and {folder} is a file; import it first.")
     stamps = StampSet.open(folder)
-    return stamps.select(where) if where else stamps
+    return stamps if where is None else stamps.select(where)
+
+def _held(stamps) -> str:
+    "What a new stamp set holds, and where it is."
+    held = repr(stamps).removeprefix("StampSet(").removesuffix(")")
+    if "flag_any" in stamps.catalogue.colnames:
+        held += f", {stamps.catalogue['flag_any'].sum():,} flagged"
+    return f"{held}: {stamps.folder}"
 
 def _bands(text: str) -> list:
     "Names of bands from `ugriz` or `u,g,r,i,z`."
-    return text.split(",") if "," in text else list(text)
+    names = [name.strip() for name in text.split(",")] if "," in text else list(text)
+    if not all(names) or len(set(names)) != len(names) or not names: raise InputError(
+        f"--bands is {text!r}; name each band once, as in ugriz or u,g,r,i,z.")
+    return names
 
 def _numbers(text: str|None, name: str):
     "Numbers from `180,2,0.5`."
-    try: return text and tuple(float(number) for number in text.split(","))
+    try: return None if text is None else tuple(float(number) for number in text.split(","))
     except ValueError: raise InputError(
         f"--{name} is {text!r}; give numbers with commas between them.") from None
 
@@ -71,7 +83,7 @@ def _warnings_as_sentences():
         warnings.showwarning = lambda message, *_: print(f"astromae: {message}", file=sys.stderr)
         yield
 
-# %% ../nbs/90_cli.ipynb #2b00b854
+# %% ../nbs/90_cli.ipynb #c6ac8099
 @app.command("simulate")
 def simulate_verb(
     out: Annotated[Path, typer.Argument(help="folder of the new stamp set")],
@@ -82,7 +94,7 @@ def simulate_verb(
     if out.exists(): raise InputError(f"{out} exists; choose another folder or remove it.")
     print(f"{len(render_stamps(out, galaxies, seed, progress=True))} stamps are in {out}")
 
-# %% ../nbs/90_cli.ipynb #6e2d3d8f
+# %% ../nbs/90_cli.ipynb #33bbb80f
 @app.command("query")
 def query_verb(
     out: Annotated[Path, typer.Argument(help="FITS file of the new catalogue")],
@@ -120,7 +132,7 @@ def fetch_verb(
     if not summary.complete: raise InputError(
         f"{len(summary.failed)} frames are missing in {frames}; run the same command again.")
 
-# %% ../nbs/90_cli.ipynb #82007447
+# %% ../nbs/90_cli.ipynb #5f7d73a8
 @app.command("cut")
 def cut_verb(
     frames: Annotated[Path, typer.Argument(help="folder of frames")],
@@ -138,10 +150,11 @@ def cut_verb(
     dtype: Dtype = "float32", overwrite: Overwrite = False):
     "Cut the stamps of a catalogue from frames into a stamp set."
     from astromae.cutouts import cut_stamp_set
-    print(cut_stamp_set(frames, out, catalogue, size, _bands(bands), faintest, on_bad, processes,
-                        astrometry, dtype=dtype, overwrite=overwrite, progress=True))
+    print(_held(cut_stamp_set(frames, out, catalogue, size, _bands(bands), faintest, on_bad,
+                              processes, astrometry, dtype=dtype, overwrite=overwrite,
+                              progress=True)))
 
-# %% ../nbs/90_cli.ipynb #439bacde
+# %% ../nbs/90_cli.ipynb #e4f95bd7
 @app.command("import")
 def import_verb(
     source: Annotated[Path, typer.Argument(
@@ -164,9 +177,10 @@ def import_verb(
     overwrite: Overwrite = False):
     "Stream stamps into a stamp set, whatever their size; goes on where it was interrupted."
     from astromae.formats import import_stamps
-    print(import_stamps(source, out, dtype, crop, where, overwrite, progress=True,
-                        catalogue=catalogue, images=images, bands=bands and _bands(bands),
-                        unit=unit, pixel_scale=pixel_scale, channels_last=channels_last))
+    bands = None if bands is None else _bands(bands)
+    print(_held(import_stamps(source, out, dtype, crop, where, overwrite, progress=True,
+                              catalogue=catalogue, images=images, bands=bands, unit=unit,
+                              pixel_scale=pixel_scale, channels_last=channels_last)))
 
 @app.command("export")
 def export_verb(
@@ -181,7 +195,7 @@ def export_verb(
     exporters[out.suffix.lower()](_open(stamps, where), out, overwrite=overwrite, progress=True)
     print(f"the stamps are in {out}")
 
-# %% ../nbs/90_cli.ipynb #57cbbede
+# %% ../nbs/90_cli.ipynb #98dd4634
 @app.command("pretrain")
 def pretrain_verb(
     stamps: Annotated[Path, typer.Argument(help="folder of a stamp set")],
@@ -210,7 +224,7 @@ def pretrain_verb(
                        in_memory)
     print(f"the autoencoder is in {trained.folder/'model'}, its losses in {out/'history.csv'}")
 
-# %% ../nbs/90_cli.ipynb #7c595a5e
+# %% ../nbs/90_cli.ipynb #518d2685
 @app.command("finetune")
 def finetune_verb(
     stamps: Annotated[Path, typer.Argument(help="folder of a stamp set")],
@@ -233,7 +247,7 @@ def finetune_verb(
                                 pretrained, device, in_memory)
     if scores: print(scores) # the first process has them
 
-# %% ../nbs/90_cli.ipynb #cf72d935
+# %% ../nbs/90_cli.ipynb #61922192
 @app.command("predict")
 def predict_verb(
     model: Annotated[Path, typer.Argument(help="folder of a saved model")],
@@ -245,13 +259,13 @@ def predict_verb(
     "Predict redshifts of new galaxies: a table with objid and z_phot."
     from astromae.predict import predict, table_format, write_predictions
     table_format(out)
-    if out.exists() and out.samefile(stamps):
+    if out.exists() and stamps.exists() and out.samefile(stamps):
         raise InputError(f"{out} holds the stamps; choose another file for the redshifts.")
-    stamps = _open(stamps, where) if where else stamps
+    stamps = stamps if where is None else _open(stamps, where)
     write_predictions(predict(model, stamps, views=views, device=device, progress=True), out)
     print(f"the redshifts are in {out}")
 
-# %% ../nbs/90_cli.ipynb #bdbcf417
+# %% ../nbs/90_cli.ipynb #1c9992b9
 @app.command("demo")
 def demo_verb(
     out: Annotated[Path, typer.Argument(help="folder for everything that is made")] = Path("demo"),
@@ -269,7 +283,7 @@ def bench_verb(
     from astromae.benchmarks import run_benchmarks
     run_benchmarks(out, accuracy)
 
-# %% ../nbs/90_cli.ipynb #0b6539a1
+# %% ../nbs/90_cli.ipynb #aabf591a
 def main():
     "The entry point of the command `astromae`."
     try: return app()

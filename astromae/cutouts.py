@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['cut_stamp_set']
 
-# %% ../nbs/07_cutouts.ipynb #f94af5fb
+# %% ../nbs/07_cutouts.ipynb #a2121925
 from collections.abc import Iterable
 from pathlib import Path
 
 from .catalogue import as_table, house_catalogue
-from .dataset import StampSet, write_stamp_set
+from .dataset import StampSet, check_destination, write_stamp_set
 from .errors import InputError
 from .galaxies import detect_fields
 from .sources import read_catalogue
 from .stamps import cut_fields
 from .survey import BANDS
 
-# %% ../nbs/07_cutouts.ipynb #7626a3a2
+# %% ../nbs/07_cutouts.ipynb #4bc5e743
 def cut_stamp_set(frames,                       # folder with the frames
                   folder,                       # where the stamp set is to be
                   catalogue=None,               # `Table` or file with ra, dec; None: detect them
@@ -34,6 +34,9 @@ def cut_stamp_set(frames,                       # folder with the frames
                  ) -> StampSet:                 # the set, opened; a row for every row handed in
     "Cut the stamps of a catalogue, or of the galaxies on the frames, into a stamp set."
     bands, where = tuple(bands), "the catalogue"
+    check_destination(Path(folder), overwrite)
+    for band in set(bands) - set(BANDS): raise InputError(
+        f"SDSS has no band {band!r}, only {' '.join(BANDS)}.")
     if isinstance(catalogue, (str, Path)):
         catalogue, where = read_catalogue(catalogue), str(catalogue)
     if catalogue is None:

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['read_hdf5', 'read_fits', 'read_pt', 'open_source', 'import_stamps', 'export_hdf5', 'export_fits']
 
-# %% ../nbs/06_formats.ipynb #5bc90c9b
+# %% ../nbs/06_formats.ipynb #5eab2dd7
 import io, math, re, zipfile
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Iterator
 
@@ -25,7 +26,7 @@ from .sources import (band_axis, band_names, bands_of_columns, check_pixels, cho
                               describe_source, fingerprint, fits_table, given_catalogue, open_fits,
                               read_npy, read_npz, reading, rows_per_block)
 
-# %% ../nbs/06_formats.ipynb #528f6d04
+# %% ../nbs/06_formats.ipynb #bc6b3784
 _CUBE = "cube of stamps with four axes"
 _STAMPS = ("image_array", "images", "image", "cube", "stamps")
 
@@ -47,7 +48,7 @@ def _hdf5_values(data) -> np.ndarray:
     if h5py.check_string_dtype(data.dtype) is not None: return np.asarray(data.asstr()[:], str)
     return data[:]
 
-# %% ../nbs/06_formats.ipynb #d0b7867f
+# %% ../nbs/06_formats.ipynb #9ebc24b3
 def _hdf5_table(stamps, catalogue: str|None) -> Table:
     "The columns that lie beside the stamps: datasets, or one dataset of records."
     import h5py
@@ -67,7 +68,7 @@ def _hdf5_table(stamps, catalogue: str|None) -> Table:
             "stamp.")
     return table if len(table) else Table({"row": np.arange(n)})
 
-# %% ../nbs/06_formats.ipynb #2e023f7a
+# %% ../nbs/06_formats.ipynb #e2110fb7
 _WORDS = {"object_id": "objid", "specz_redshift": "z_spec", "specz_redshift_err": "z_err",
           "Z": "z_spec", "ZERR": "z_err", "ZWARNING": "z_warning"}
 
@@ -86,7 +87,7 @@ def _house_columns(table: Table) -> Table: # with more columns
         table[ours] = values - np.asarray(table[f"a_{ours[-1]}"]) if reddened else values
     return table
 
-# %% ../nbs/06_formats.ipynb #ef4fc7d0
+# %% ../nbs/06_formats.ipynb #7820dc37
 def _hdf5_said(stamps, names) -> dict: # bands, unit, pixel_scale, origin
     "What an HDF5 file says of its stamps."
     said = {"pixel_scale": 0.168} if "y_cmodel_mag" in names else {}
@@ -106,7 +107,7 @@ def _hdf5_said(stamps, names) -> dict: # bands, unit, pixel_scale, origin
     if "pixel_scale" in said: said["pixel_scale"] = round(float(np.mean(said["pixel_scale"])), 6)
     return said
 
-# %% ../nbs/06_formats.ipynb #49be77dc
+# %% ../nbs/06_formats.ipynb #018d5c09
 def _blocks_of(data, row_bytes: int, first: int, chunk: int = 1) -> Iterator[np.ndarray]:
     "Rows of anything that takes slices, from row `first` on."
     step = rows_per_block(row_bytes, chunk)
@@ -136,7 +137,7 @@ def _hdf5_part(path: Path, images, catalogue) -> tuple: # dataset, shape, type, 
         table = _house_columns(_hdf5_table(stamps, catalogue)) if inside else Table()
         return stamps.name, stamps.shape, stamps.dtype, table, _hdf5_said(stamps, table.colnames)
 
-# %% ../nbs/06_formats.ipynb #0e9fa5d0
+# %% ../nbs/06_formats.ipynb #cbc54ddf
 @delegates(describe_source)
 def read_hdf5(path,                    # an HDF5 file, or a folder of several
               images: str|None = None, # dataset with the stamps; None: find it
@@ -164,7 +165,7 @@ def _files_in(folder: Path, *endings) -> list: # in the order of their names
         f"{folder} holds no file that ends with {', '.join(endings)}; check the path.")
     return files
 
-# %% ../nbs/06_formats.ipynb #d6a2fbe1
+# %% ../nbs/06_formats.ipynb #d3d914c8
 def _fits_said(headers: list) -> dict: # bands, unit, pixel_scale, origin
     "What the headers of the stamps say: our words, BUNIT, FILTER, or a WCS."
     first, said = headers[0], {}
@@ -179,7 +180,7 @@ def _fits_said(headers: list) -> dict: # bands, unit, pixel_scale, origin
         if np.isfinite(degrees).all(): said["pixel_scale"] = round(3600*np.mean(degrees), 6)
     return said
 
-# %% ../nbs/06_formats.ipynb #8a243cb8
+# %% ../nbs/06_formats.ipynb #7a4cedb8
 def _table_or_rows(units, catalogue: str|None, n: int, path) -> Table:
     "The catalogue in a FITS file; rows that are only numbered if there is no table at all."
     tables = any(isinstance(unit, fits.BinTableHDU) and not isinstance(unit, fits.CompImageHDU)
@@ -219,7 +220,7 @@ def read_fits(path,                    # a FITS file with a cube, or a folder wi
     return describe_source(path, table, shape, last.dtype,
                    lambda first: _fits_blocks(path, k, shape, row_bytes, first), said, **kwargs)
 
-# %% ../nbs/06_formats.ipynb #37f2b487
+# %% ../nbs/06_formats.ipynb #30f6d0d7
 _STRUCTURE = re.compile(r"SIMPLE|XTENSION|BITPIX|NAXIS\d*|EXTEND|[PG]COUNT|B(SCALE|ZERO|UNIT)|"
                         r"BANDS|PIXSCALE|SOURCE|CHECKSUM|DATASUM|COMMENT|HISTORY|DATE.*|WCS.*|"
                         r"FILTER|EXT\w+|C(TYPE|RPIX|RVAL|DELT|UNIT|ROTA)\d|(CD|PC)\d_\d|L..POLE|"
@@ -248,7 +249,7 @@ def _card_values(path: Path) -> dict: # column -> value
         cards |= {"ra": place.icrs.ra.deg, "dec": place.icrs.dec.deg}
     return {"file": path.name} | cards
 
-# %% ../nbs/06_formats.ipynb #ca266fe3
+# %% ../nbs/06_formats.ipynb #255b7104
 def _folder_table(folder: Path, catalogue) -> tuple[list, Table]: # files, and a row for each
     "The files of a folder and their catalogue, in one order."
     files = _files_in(folder, ".fits", ".fit", ".fits.gz", ".fits.fz", ".fits.bz2")
@@ -280,7 +281,7 @@ def _read_folder(folder: Path, catalogue, **kwargs) -> StampSource:
     return describe_source(folder, table, (len(files), *stamp.shape), stamp.dtype,
                    lambda first: _file_blocks(files, stamp.shape, first), said, **kwargs)
 
-# %% ../nbs/06_formats.ipynb #b6d78f29
+# %% ../nbs/06_formats.ipynb #40de7112
 def _pt_tensors(path: Path) -> list: # of tensors
     "The tensors in a `.pt` file; `InputError` if there is anything else in it."
     import torch
@@ -299,7 +300,7 @@ def _pt_tensors(path: Path) -> list: # of tensors
     return [one.detach() if one.is_floating_point() and one.dtype is not torch.bfloat16
             else one.detach().float() if one.is_floating_point() else one for one in held]
 
-# %% ../nbs/06_formats.ipynb #cc7e2d01
+# %% ../nbs/06_formats.ipynb #9bac0260
 @delegates(describe_source)
 def read_pt(path,               # a file that torch.save wrote
             catalogue = None,   # more columns: `Table` or file
@@ -329,7 +330,7 @@ def read_pt(path,               # a file that torch.save wrote
         for row in range(first, shape[0], step): yield images[0][row:row + step].numpy()
     return describe_source(path, table, shape, dtype, rows, said, **kwargs)
 
-# %% ../nbs/06_formats.ipynb #3ba9aefa
+# %% ../nbs/06_formats.ipynb #a531304c
 def _format(path: Path): # the reader
     "The reader for a file or a folder; `InputError` if there is none."
     if path.is_dir():
@@ -356,7 +357,7 @@ def _set_source(folder: Path) -> StampSource:
                        unit=stamps.unit, pixel_scale=stamps.pixel_scale, origin=stamps.origin,
                        fingerprint=fingerprint(folder))
 
-# %% ../nbs/06_formats.ipynb #590df247
+# %% ../nbs/06_formats.ipynb #b05da5c2
 def open_source(path,                  # a file of any of these formats, or a folder
                 scratch = None,        # folder for a scratch file, if one is needed
                 **options              # as for its reader: `images`, `catalogue`, `bands`, ...
@@ -364,13 +365,12 @@ def open_source(path,                  # a file of any of these formats, or a fo
     "Find the stamps in a file or folder of any known format."
     path = Path(path)
     if not path.exists(): raise InputError(f"there is no {path}; check the path.")
-    if (path/"description.json").is_file(): return _set_source(path)
-    reader = _format(path)
+    reader = _set_source if (path/"description.json").is_file() else _format(path)
     if reader is read_npz: options["scratch"] = scratch
     given = {name: value for name, value in options.items() if value is not None}
-    strange = [name for name in given if name not in reader.__signature__.parameters]
+    strange = [name for name in given if name not in signature(reader).parameters]
     if strange: raise InputError(
-        f"{path} is read by {reader.__name__}, which knows no option {strange[0]!r}; leave it out.")
+        f"the reader of {path} knows no option {strange[0]!r}; leave it out.")
     return reader(path, **given)
 
 def import_stamps(path,                   # a file of any known format, or a folder
@@ -387,7 +387,7 @@ def import_stamps(path,                   # a file of any known format, or a fol
     return write_source(source, folder, dtype=dtype, crop=crop, where=where, overwrite=overwrite,
                         progress=progress)
 
-# %% ../nbs/06_formats.ipynb #4b603d3b
+# %% ../nbs/06_formats.ipynb #dfde6cb2
 def _check_file(path: Path, overwrite: bool):
     "Refuse to replace what is there without being asked."
     if path.is_dir() or (path.exists() and not overwrite): raise InputError(
@@ -431,7 +431,7 @@ def _writing(path):
     except (RuntimeError, ValueError) as error:
         raise OSError(" ".join(str(error).split())) from error
 
-# %% ../nbs/06_formats.ipynb #360083d3
+# %% ../nbs/06_formats.ipynb #67d05522
 def _table_bytes(table: Table, block: int = 5_000) -> Iterator[bytes]:
     "A FITS table called CATALOGUE: its header, its rows, and zeros to the end of a FITS block."
     for row in range(0, len(table), block):
@@ -444,7 +444,7 @@ def _table_bytes(table: Table, block: int = 5_000) -> Iterator[bytes]:
         yield buffer.getbuffer()[start:start + rows]
     yield bytes(-len(table)*unit.header["NAXIS1"] % 2880)
 
-# %% ../nbs/06_formats.ipynb #323560e6
+# %% ../nbs/06_formats.ipynb #1608564d
 def export_fits(stamps: StampSet,        # what to write
                 path,                    # the file
                 overwrite: bool = False, # replace a file that is there?

@@ -6,7 +6,7 @@
 __all__ = ['SELECTIONS', 'SKYSERVER_ROWS', 'SKYSERVER_SECONDS', 'SKYSERVER_PAUSE', 'OBJID_PER_QUERY', 'POSITIONS_PER_QUERY',
            'galaxy_sql', 'query_galaxies']
 
-# %% ../nbs/00_skyserver.ipynb #b7392c15
+# %% ../nbs/00_skyserver.ipynb #acd7686c
 import fcntl, hashlib, io, json, re, shutil, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,7 @@ from .downloads import (RETRIES, Refused, TryAgain, Unreachable, check_status, r
 from .errors import InputError, from_os_error, write_aside
 from .survey import BANDS, EXTINCTION_PER_EBV
 
-# %% ../nbs/00_skyserver.ipynb #da17515b
+# %% ../nbs/00_skyserver.ipynb #7fc2eb56
 _PHOTOMETRY = {"objid": "objID", "ra": "ra", "dec": "dec",
                **{f"mag_{band}": f"dered_{band}" for band in BANDS},
                **{f"magerr_{band}": f"modelMagErr_{band}" for band in BANDS},
@@ -34,14 +34,14 @@ _PHOTOMETRY = {"objid": "objID", "ra": "ra", "dec": "dec",
 _SPECTRUM = {"z_spec": "z", "z_err": "zErr", "z_warning": "zWarning",
              "primtarget": "legacy_target1"}
 
-# %% ../nbs/00_skyserver.ipynb #ccf1ba53
+# %% ../nbs/00_skyserver.ipynb #570e3912
 _GOOD_SPECTRUM = ("s.class='GALAXY' AND s.survey='sdss' AND s.targetType='SCIENCE' AND "
                   "s.sciencePrimary=1 AND s.zWarning=0 AND s.z>0")
 SELECTIONS = {"paper": f"{_GOOD_SPECTRUM} AND p.clean=1 AND p.insideMask=0"}
 SELECTIONS["main"] = (SELECTIONS["paper"] + " AND s.z<=0.4 AND p.petroMag_r-p.extinction_r<=17.8"
                       " AND s.legacy_target1>=64")
 
-# %% ../nbs/00_skyserver.ipynb #519fa3b2
+# %% ../nbs/00_skyserver.ipynb #81a4d42c
 def _columns() -> str:
     "What is selected, under the house's names."
     named = [(f"p.{theirs}", ours) for ours, theirs in _PHOTOMETRY.items()]
@@ -57,6 +57,8 @@ def _region(region) -> tuple[str, str]:
         f"the region {region} must be ra, dec, radius or ra_min, ra_max, dec_min, dec_max.")
     if len(numbers) == 3:
         ra, dec, radius = numbers
+        if not (0 < radius <= 180 and abs(dec) <= 90): raise InputError(
+            f"the region {region} is no circle on the sky; give ra, dec, radius in degrees.")
         near = f"dbo.fGetNearbyObjEq({ra:.10g},{dec:.10g},{60*radius:.10g})"
         return f" JOIN {near} AS n ON n.objID=p.objID", ""
     west, east, south, north = numbers
@@ -65,7 +67,7 @@ def _region(region) -> tuple[str, str]:
     inside = f"p.ra>={west:.10g} {'AND' if west < east else 'OR'} p.ra<{east:.10g}"
     return "", f" AND ({inside}) AND p.dec>={south:.10g} AND p.dec<{north:.10g}"
 
-# %% ../nbs/00_skyserver.ipynb #ab01545c
+# %% ../nbs/00_skyserver.ipynb #c7dd4980
 def galaxy_sql(selection: str = "paper",  # of `SELECTIONS`
                region=None  # degrees: (ra, dec, radius) or (ra_min, ra_max, dec_min, dec_max)
               ) -> str:     # SQL for SkyServer, without limit or order
@@ -76,7 +78,7 @@ def galaxy_sql(selection: str = "paper",  # of `SELECTIONS`
     return (f"SELECT {_columns()} FROM SpecObjAll AS s JOIN PhotoObjAll AS p ON p.objID=s.bestObjID"
             f"{join} WHERE {SELECTIONS[selection]}{inside}")
 
-# %% ../nbs/00_skyserver.ipynb #4e6c4925
+# %% ../nbs/00_skyserver.ipynb #b5694ed3
 SKYSERVER_ROWS, SKYSERVER_SECONDS = 500_000, 600  # its limits for one query
 SKYSERVER_PAUSE = 1.                              # seconds between two queries
 
@@ -94,7 +96,7 @@ def _own_sql(sql: str) -> str:
             f"the SQL must do without {word.upper()!r}: {instead}.")
     return sql
 
-# %% ../nbs/00_skyserver.ipynb #9357d6b0
+# %% ../nbs/00_skyserver.ipynb #fe25a1bf
 class _TooSlow(Refused): "The query ran into SkyServer's time limit."
 
 def _read_answer(response) -> pd.DataFrame:
@@ -116,7 +118,7 @@ def _read_answer(response) -> pd.DataFrame:
     try: return pd.read_csv(io.StringIO(text), comment="#")
     except ValueError as error: raise TryAgain("SkyServer sent no readable table") from error
 
-# %% ../nbs/00_skyserver.ipynb #80e2f9ae
+# %% ../nbs/00_skyserver.ipynb #c6669702
 @contextmanager
 def _talking(server, release):
     "astroquery with our server, without its cache; its exceptions as ours."
@@ -132,7 +134,7 @@ def _talking(server, release):
         except URLError as error: raise Unreachable("the server cannot be reached") from error
         except RemoteServiceError as error: raise Refused(str(error)) from error
 
-# %% ../nbs/00_skyserver.ipynb #0bb7bc15
+# %% ../nbs/00_skyserver.ipynb #97917eb1
 class _SkyServer:
     "Asks SkyServer, patiently, and never faster than it likes."
     def __init__(self, server, release, retries, pause):
@@ -150,7 +152,7 @@ class _SkyServer:
         "The table that an asking method of `astroquery.sdss.SDSS` gets."
         return with_patience(lambda: self._ask(method, arguments, keywords), self.retries)
 
-# %% ../nbs/00_skyserver.ipynb #3ad1a1ae
+# %% ../nbs/00_skyserver.ipynb #7dbc3aac
 _WHOLE = {"objid": 0, "run": 0, "rerun": 0, "camcol": 0, "field": 0,
           "z_warning": -1, "primtarget": 0}  # whole numbers, and what stands for none
 
@@ -167,7 +169,7 @@ def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
         if "petromag_r" in frame: frame["dered_petro_r"] = frame["petromag_r"] - frame["ext_r"]
     return frame
 
-# %% ../nbs/00_skyserver.ipynb #21c947b8
+# %% ../nbs/00_skyserver.ipynb #ee53bf31
 class _Chunks:
     "The chunks of one question that have come."
     def __init__(self, folder: Path):
@@ -189,7 +191,7 @@ class _Chunks:
         self.rows += len(frame)
         with write_aside(self._path(k)) as new: Table.from_pandas(frame).write(new, format="fits")
 
-# %% ../nbs/00_skyserver.ipynb #3060c66c
+# %% ../nbs/00_skyserver.ipynb #7b3bfe33
 @contextmanager
 def _alone(out: Path, question):
     "Lock and yield the hidden folder of a question; removed at the end if it holds no chunk."
@@ -208,7 +210,7 @@ def _alone(out: Path, question):
                 if not len(_Chunks(folder)): shutil.rmtree(folder, ignore_errors=True)
     except OSError as error: raise from_os_error(error, f"writing {folder}") from error
 
-# %% ../nbs/00_skyserver.ipynb #f9b6079a
+# %% ../nbs/00_skyserver.ipynb #5ca418b9
 def _by_sql(ask, chunks, bar, sql, chunk, limit):
     "Chunks of SQL, each of the galaxies after the last."
     last = max((int(table["objid"].max()) for table in chunks), default=0)
@@ -224,7 +226,7 @@ def _by_sql(ask, chunks, bar, sql, chunk, limit):
         chunks.add(len(chunks), frame.drop_duplicates("objid"))
         bar.update(chunks.rows - bar.n)
 
-# %% ../nbs/00_skyserver.ipynb #853edac6
+# %% ../nbs/00_skyserver.ipynb #d52aad62
 OBJID_PER_QUERY = 50
 
 def _objid_sql(objid) -> str:
@@ -244,7 +246,7 @@ def _by_objid(ask, chunks, bar, objid):
             chunks.add(k, frame.drop_duplicates("objid").merge(wanted, on="objid"))
         bar.update(min(first + OBJID_PER_QUERY, len(objid)) - bar.n)
 
-# %% ../nbs/00_skyserver.ipynb #41f3b6fe
+# %% ../nbs/00_skyserver.ipynb #ab10b2d2
 POSITIONS_PER_QUERY = 1_000
 
 def _cross_identify(ask, rows, ra, dec, radius) -> pd.DataFrame:
@@ -272,7 +274,7 @@ def _by_position(ask, chunks, bar, ra, dec, radius):
             chunks.add(k, _tidy(_cross_identify(ask, rows, ra[rows], dec[rows], radius)))
         bar.update(rows[-1] + 1 - bar.n)
 
-# %% ../nbs/00_skyserver.ipynb #83a63b63
+# %% ../nbs/00_skyserver.ipynb #1b5b3e7e
 def _read_list(handed, names: tuple[str, ...]) -> list[np.ndarray]:
     "Columns of a table, of a file that holds one, or of an array."
     if isinstance(handed, (str, Path)):
@@ -294,7 +296,7 @@ def _read_list(handed, names: tuple[str, ...]) -> list[np.ndarray]:
         f"the list has no column {missing[0]!r}, only {', '.join(handed.colnames)}.")
     return [np.ma.filled(np.ma.asarray(handed[there[name]]), -1) for name in names]
 
-# %% ../nbs/00_skyserver.ipynb #9b515b56
+# %% ../nbs/00_skyserver.ipynb #9a419402
 def _positions(handed) -> tuple[np.ndarray, np.ndarray]:
     "Right ascension and declination, degrees, each where the sky is."
     columns = _read_list(handed, ("ra", "dec"))
@@ -316,7 +318,7 @@ def _objid(handed) -> list[int]:
         "the list of objid must hold whole numbers above zero, of at most 19 digits.")
     return objid
 
-# %% ../nbs/00_skyserver.ipynb #43849550
+# %% ../nbs/00_skyserver.ipynb #15f36789
 def _question(selection, region, positions, objid, sql, chunk, limit, radius):
     "What is asked, as words that identify it; how it is walked through; how many rows at most."
     lists = [name for name, value in (("positions", positions), ("objid", objid), ("sql", sql))
@@ -338,7 +340,7 @@ def _question(selection, region, positions, objid, sql, chunk, limit, radius):
     sql = _own_sql(sql) if sql is not None else galaxy_sql(selection or "paper", region)
     return [sql, limit], lambda *to: _by_sql(*to, sql, chunk, limit), limit
 
-# %% ../nbs/00_skyserver.ipynb #37799c5b
+# %% ../nbs/00_skyserver.ipynb #ca0ae50b
 _UNITS = {"ra": "deg", "dec": "deg", "petrorad_r": "arcsec", "petromag_r": "mag",
           "dered_petro_r": "mag", "ebv": "mag",
           **{f"{kind}_{band}": "mag" for kind in ("mag", "magerr", "ext") for band in BANDS}}
@@ -369,7 +371,7 @@ def _keeping(chunks: _Chunks, server: str):
         raise InputError(f"asking SkyServer at {server} failed: {error.reason}; check {advice}."
                         ) from error
 
-# %% ../nbs/00_skyserver.ipynb #9a88e4a2
+# %% ../nbs/00_skyserver.ipynb #e2556755
 def query_galaxies(out,                    # FITS file of the catalogue that is to be
                    selection: str|None = None,  # of `SELECTIONS`; without anything else: paper
                    region=None,    # degrees: ra, dec, radius or ra_min, ra_max, dec_min, dec_max

@@ -7,7 +7,7 @@ __all__ = ['reading', 'band_axis', 'check_pixels', 'bands_of_columns', 'band_nam
            'describe_source', 'read_ahead', 'choose', 'open_fits', 'fits_table', 'read_catalogue', 'given_catalogue',
            'rows_per_block', 'read_npz', 'read_npy']
 
-# %% ../nbs/05_sources.ipynb #a7e72605
+# %% ../nbs/05_sources.ipynb #6aa2caac
 import csv, math, os, re, shutil, struct, tempfile, warnings, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ from .dataset import StampSource
 from .errors import InputError, from_os_error
 from .survey import BANDS, PIXEL_SCALE
 
-# %% ../nbs/05_sources.ipynb #e2e6b613
+# %% ../nbs/05_sources.ipynb #70ecc4cb
 _TROUBLE = (OSError, ValueError, TypeError, KeyError, IndexError, EOFError, RuntimeError,
             zipfile.BadZipFile, zlib.error, struct.error, fits.VerifyError, AstropyUserWarning)
 
@@ -43,7 +43,7 @@ def reading(path,        # the file
         why = " ".join(str(error).split())[:200].rstrip(".")
         raise InputError(f"{path} is not {kind} ({why}); fetch or write it again.") from error
 
-# %% ../nbs/05_sources.ipynb #ea6f1f0b
+# %% ../nbs/05_sources.ipynb #4884f9c0
 def band_axis(where,             # what to call the cube in an error
               shape: tuple,      # (N, ...) of the cube
               n_bands: int = 0,  # number of the bands; 0: not known
@@ -63,7 +63,7 @@ def band_axis(where,             # what to call the cube in an error
         "say so with `channels_last`.")
     return axes[0]
 
-# %% ../nbs/05_sources.ipynb #cae8f23a
+# %% ../nbs/05_sources.ipynb #c254049d
 def check_pixels(where,            # what to call the cube in an error
                  shape: tuple,     # of the cube
                  dtype: np.dtype): # of its numbers
@@ -80,7 +80,7 @@ def check_pixels(where,            # what to call the cube in an error
     if 0 in shape: raise InputError(
         f"{where} is empty (its shape is {shape}); give at least one stamp.")
 
-# %% ../nbs/05_sources.ipynb #bec3a469
+# %% ../nbs/05_sources.ipynb #493f87da
 _MAGNITUDES = ("mag_{}", "dered_{}", "modelMag_{}", "{}_cmodel_mag")
 
 def bands_of_columns(names: Iterable[str], # names of a catalogue's columns
@@ -99,14 +99,14 @@ def band_names(said      # a list, or a text such as `ugriz` or `g, r, i`
     if not isinstance(said, str): return tuple(map(str, said))
     return tuple(re.split(r"[,\s]+", said.strip()) if re.search(r"[,\s]", said.strip()) else said)
 
-# %% ../nbs/05_sources.ipynb #72c7400e
+# %% ../nbs/05_sources.ipynb #668a0d5f
 def _description(where, names, n_bands: int, said: dict) -> dict: # bands, unit, pixel_scale
     "What is known of the pixels; `InputError` if the bands or the scale are not."
     bands = said.get("bands") or bands_of_columns(names, n_bands)
     if len(bands) != n_bands or len(set(bands)) != n_bands: raise InputError(
         f"{where} has {n_bands} bands and does not say which; name them with `bands`.")
     sloan = tuple(bands) == BANDS
-    scale = said.get("pixel_scale") or (PIXEL_SCALE if sloan else None)
+    scale = said.get("pixel_scale", PIXEL_SCALE if sloan else None)
     if scale is None: raise InputError(
         f"{where} has the bands {' '.join(bands)} and does not say how large its pixels are; give "
         "their side in arcseconds with `pixel_scale`.")
@@ -115,7 +115,7 @@ def _description(where, names, n_bands: int, said: dict) -> dict: # bands, unit,
     unit = said.get("unit") or ("nanomaggy/pixel" if sloan else "not said")
     return {"bands": tuple(bands), "unit": str(unit), "pixel_scale": float(scale)}
 
-# %% ../nbs/05_sources.ipynb #090784c9
+# %% ../nbs/05_sources.ipynb #d6d4f764
 def refuse_repeated(names: Iterable[str], # names of the columns
                     where):               # what to call the table in an error
     "Refuse a table with several columns of one name."
@@ -139,7 +139,7 @@ def _tidy_columns(table: Table, where) -> Table: # the same rows
         table.rename_column("object_id", "object_name")
     return table
 
-# %% ../nbs/05_sources.ipynb #6335013a
+# %% ../nbs/05_sources.ipynb #cf504766
 def fingerprint(path: Path, # a file, or a folder of files
                 *details    # of how it is read
                ) -> dict:   # name, size, time, and the details
@@ -180,7 +180,7 @@ def describe_source(
                        blocks=ordered, origin=said.get("origin") or path.name,
                        fingerprint=fingerprint(path, shape, axis, dtype, known["bands"]), **known)
 
-# %% ../nbs/05_sources.ipynb #2c8fd47c
+# %% ../nbs/05_sources.ipynb #466a27eb
 def read_ahead(blocks: Iterator[np.ndarray] # which may use two buffers in turn, not only one
               ) -> Iterator[np.ndarray]:
     "The same blocks, each read while the one before is in use."
@@ -190,7 +190,7 @@ def read_ahead(blocks: Iterator[np.ndarray] # which may use two buffers in turn,
             coming = reader.submit(next, blocks, None)
             yield rows
 
-# %% ../nbs/05_sources.ipynb #1a56dc11
+# %% ../nbs/05_sources.ipynb #31703bbf
 def _read_csv(path) -> Table:
     "A table from comma-separated values."
     with open(path, newline="", encoding="utf-8-sig") as file:
@@ -208,7 +208,7 @@ def _read_parquet(path) -> Table:
         return Table.from_pandas(parquet.read_table(path).to_pandas())
     except ArrowException as error: raise ValueError(error) from error
 
-# %% ../nbs/05_sources.ipynb #ce50e813
+# %% ../nbs/05_sources.ipynb #4b71d588
 def choose(names: list,          # what there is
            asked: str|None,      # what was asked for
            known: Iterable[str], # names to be taken before others
@@ -226,7 +226,7 @@ def choose(names: list,          # what there is
         f"{where} has more than one {what} ({', '.join(names)}); say which to take.")
     return found[0]
 
-# %% ../nbs/05_sources.ipynb #e86323bb
+# %% ../nbs/05_sources.ipynb #4fec5e54
 @contextmanager
 def open_fits(path): # the file
     "The units of a FITS file; a file that ends too soon is an error and no warning."
@@ -254,7 +254,7 @@ def _read_fits_table(path) -> Table:
     "The first table of a FITS file."
     with open_fits(path) as units: return fits_table(units, None, path)
 
-# %% ../nbs/05_sources.ipynb #5c803e76
+# %% ../nbs/05_sources.ipynb #4efca6d0
 _CATALOGUES = {".csv": _read_csv, ".fits": _read_fits_table, ".parquet": _read_parquet,
                ".ecsv": lambda path: Table.read(path, format="ascii.ecsv"),
                ".vot": lambda path: Table.read(path, format="votable")}
@@ -266,14 +266,14 @@ def read_catalogue(path) -> Table: # one row per galaxy
         f"{path} ends with none of {', '.join(_CATALOGUES)}; save the catalogue as one of these.")
     with reading(path, "a table as its name says"): return _CATALOGUES[path.suffix.lower()](path)
 
-# %% ../nbs/05_sources.ipynb #c665776d
+# %% ../nbs/05_sources.ipynb #0b115610
 def given_catalogue(catalogue    # `Table`, file, name of something inside another file, or None
                    ) -> Table|None: # None: it is neither a table nor a file
     "The catalogue, if it was handed in or is a file of its own."
     if isinstance(catalogue, Table) or catalogue is None: return catalogue
     return read_catalogue(catalogue) if Path(catalogue).is_file() else None
 
-# %% ../nbs/05_sources.ipynb #75f370be
+# %% ../nbs/05_sources.ipynb #bfc07fa7
 @dataclass
 class _Array:
     "An array in a `.npy` file, or in a member of an npz."
@@ -304,7 +304,7 @@ def _find_array(stream, path, size: int, member: str|None = None) -> _Array:
         f"it has {size:,} bytes where its header promises {wanted:,}")
     return array
 
-# %% ../nbs/05_sources.ipynb #0f8c2b2e
+# %% ../nbs/05_sources.ipynb #e100766f
 class _StoredMember:
     "The bytes of a member that is not compressed, from the archive's file; its CRC-32 is checked."
     def __init__(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo):
@@ -331,7 +331,7 @@ def _open_member(archive: zipfile.ZipFile, name: str):
     plain = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
     return _StoredMember(archive, info) if plain else archive.open(name)
 
-# %% ../nbs/05_sources.ipynb #e6c0337b
+# %% ../nbs/05_sources.ipynb #ffb95fee
 _BLOCK = 2**24 # bytes that are handed out at a time
 
 def rows_per_block(row_bytes: int, # of one stamp
@@ -371,7 +371,7 @@ def _stream(array: _Array, first: int) -> Iterator[np.ndarray]:
             _fill(stream, memoryview(rows.view(np.uint8).reshape(-1)), f"row {start:,}")
             if start + len(rows) > first: yield rows[max(first - start, 0):]
 
-# %% ../nbs/05_sources.ipynb #3c9d7be4
+# %% ../nbs/05_sources.ipynb #f326295e
 _SLAB = 2**28 # bytes
 
 def _read_slab(file, start: int, array: _Array, row: int, slab: np.ndarray):
@@ -385,7 +385,7 @@ def _turned(slab: np.ndarray, out: np.ndarray):
     "Write the transpose of `slab` into `out`, 64 pixels at a time, which a cache holds."
     for pixel in range(0, len(slab), 64): out[:, pixel:pixel + 64] = slab[pixel:pixel + 64].T
 
-# %% ../nbs/05_sources.ipynb #da286221
+# %% ../nbs/05_sources.ipynb #76cc0753
 @contextmanager
 def _jumpable(array: _Array, scratch):
     "A file that can be jumped in, and where in it the numbers start."
@@ -429,7 +429,7 @@ def _by_slabs(array: _Array, first: int, scratch=None) -> Iterator[np.ndarray]:
                 _turned(part, rows)
                 yield rows.reshape(len(rows), *array.shape[:0:-1]).transpose(0, 3, 2, 1)
 
-# %% ../nbs/05_sources.ipynb #95eaa333
+# %% ../nbs/05_sources.ipynb #d9a06b11
 def _npz_catalogue(archive, arrays: dict, name: str|None, n: int) -> Table:
     "The catalogue of an npz: a record array, or all arrays with one value for each stamp."
     def load(name):
@@ -449,7 +449,7 @@ def _npz_catalogue(archive, arrays: dict, name: str|None, n: int) -> Table:
         "name a file with `catalogue`.")
     return Table({one: load(one) for one in columns})
 
-# %% ../nbs/05_sources.ipynb #87b0f751
+# %% ../nbs/05_sources.ipynb #f2b48136
 def _rows_of(array: _Array, scratch=None):
     "First row -> iterator of rows, for either order of the axes."
     if array.fortran: return lambda first: _by_slabs(array, first, scratch)
@@ -478,7 +478,7 @@ def read_npz(path,                      # an npz like `sdss.npz`
     rows = _rows_of(cube, scratch)
     return describe_source(path, table, cube.shape, cube.dtype, rows, {}, **kwargs)
 
-# %% ../nbs/05_sources.ipynb #aabd3170
+# %% ../nbs/05_sources.ipynb #d053ce3e
 def _beside(path: Path) -> Path:
     "The catalogue with the same name as an array."
     found = [file for ending in _CATALOGUES if (file := path.with_suffix(ending)).is_file()]

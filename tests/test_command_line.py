@@ -1,97 +1,19 @@
 "What would disturb the story of 90_cli: the verbs as a person types them, and every bad input."
 import json
 import os
-import re
-import resource
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from astropy.table import Table
+from command import N, full_disk, sentence, some, write
 
-from astromae.cli import main
-from astromae.catalogue import required_columns
 from astromae.dataset import StampSet, write_stamp_set
-from astromae.mae import MAEConfig, MaskedAutoencoder
-from astromae.models import Preprocessing, load_model, save_model
-from astromae.redshift import ARCHITECTURES, RedshiftNetwork
 from astromae.survey import BANDS
-
-N = 100
-TINY = dict(width=48, depth=2)
-
-
-def some(n=N, bands=BANDS, size=48):
-    "Noise with a spot in the middle, and a catalogue in which redder is farther."
-    rng = np.random.default_rng(0)
-    images = rng.normal(0, 0.1, (n, len(bands), size, size)).astype(np.float32)
-    images[:, :, size//2 - 2:size//2 + 3, size//2 - 2:size//2 + 3] += rng.uniform(1, 9, (n, 1, 1, 1))
-    table = Table({name: rng.uniform(16, 18, n) for name in required_columns(bands)})
-    table["objid"], table["z_spec"] = 1000 + np.arange(n), 0.1 + (table["mag_g"] - table["mag_r"])/50
-    return images, table
-
-
-def write(folder, n=N, bands=BANDS, size=48):
-    return write_stamp_set(folder, [some(n, bands, size)], n, bands=bands).folder
-
-
-@pytest.fixture
-def astromae(monkeypatch, capsys):
-    "Call the command in this process; gives its exit code and what it printed on both streams."
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["astromae", *map(str, words)])
-        capsys.readouterr()
-        try: code = main() or 0
-        except SystemExit as stop: code = stop.code or 0
-        return code, *capsys.readouterr()
-    return call
-
-
-def sentence(err):
-    "What stands on the error stream beside progress bars, which end before it begins."
-    lines = [line for line in err.splitlines() if line.strip() and not re.search(r"\d%\|.*\]$", line)]
-    assert len(lines) == 1 and "Traceback" not in err, err
-    assert lines[0].startswith("astromae: ") and lines[0].endswith((".", "?")), err
-    return lines[0]
-
-
-@pytest.fixture
-def refused(astromae, tmp_path):
-    "Check that a call is refused in one sentence and changes nothing on disk, but for a begun run."
-    def check(message, *words, begun=None):
-        before = on_disk(tmp_path)
-        code, out, err = astromae(*words)
-        assert code == 2 and message in sentence(err), err
-        if begun: shutil.rmtree(begun, ignore_errors=True)
-        after = on_disk(tmp_path)
-        assert not {path for path in before | after if before.get(path) != after.get(path)}, err
-    return check
-
-
-def on_disk(folder):
-    return {path: path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    "Small untrained models of three kinds."
-    folder, told = tmp_path_factory.mktemp("models"), Preprocessing()
-    small = replace(ARCHITECTURES["pcm-AstroMAE"], features=64, magnitude_width=64, join_width=64, **TINY)
-    torch.manual_seed(0)
-    save_model(folder/"network", RedshiftNetwork(small), told)
-    save_model(folder/"blind", RedshiftNetwork(replace(small, magnitude=False)), told)
-    save_model(folder/"autoencoder", MaskedAutoencoder(MAEConfig(encoder="plain", **TINY)), told)
-    for name in ("autoencoder", "network"):  # as runs, for --pretrained
-        shutil.copytree(folder/name, folder/f"{name}-run"/"model")
-        pd.DataFrame({"epoch": [0]}).to_csv(folder/f"{name}-run"/"history.csv", index=False)
-    return folder
 
 
 # --- what works
@@ -103,7 +25,7 @@ def test_from_a_cube_to_redshifts(astromae, tmp_path):
                     **{f"dered_{band}": table[f"mag_{band}"] for band in BANDS}}).as_array()
     np.savez(tmp_path/"sdss.npz", cube=np.moveaxis(images, 1, -1), labels=labels)
     assert astromae("import", tmp_path/"sdss.npz", tmp_path/"stamps", "--dtype", "float16")[:2] == (
-        0, f"100 stamps are in {tmp_path/'stamps'}\n")
+        0, f"100 stamps of 48 x 48 pixels in ugriz, 100 with redshift, float16: {tmp_path/'stamps'}\n")
     common = "--preset demo --experiment accuracy --device cpu --in-memory".split()
     pretrain = ["pretrain", tmp_path/"stamps", tmp_path/"pre", "--epochs", 3, "--batch-size", 32, *common]
     code, out, err = astromae(*pretrain)
@@ -144,7 +66,7 @@ def test_the_installed_command(tmp_path):
     def call(*words): return subprocess.run([command, *words], capture_output=True, text=True)
     done = call("--help")
     assert done.returncode == 0 and done.stderr == ""
-    for verb in "simulate import pretrain finetune predict demo bench".split(): assert verb in done.stdout
+    for verb in "simulate query fetch cut import export pretrain finetune predict demo bench".split(): assert verb in done.stdout
     done = call("predict", str(tmp_path/"none"), str(tmp_path/"stamps"), str(tmp_path/"z.fits"))
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and "preprocessing.json is missing" in done.stderr
@@ -272,7 +194,7 @@ def test_an_encoder_of_another_architecture(refused, tmp_path, models):
     refused("no pretrained one was given", *words)
     refused("encoder='plain'", *words, "--pretrained", models/"autoencoder-run")
     refused("holds a RedshiftNetwork", *words, "--pretrained", models/"network-run")
-    refused("preprocessing.json is missing", *words, "--pretrained", tmp_path/"none")
+    refused("no folder of a finished run", *words, "--pretrained", tmp_path/"none")
     refused("no encoder", *words, "--pretrained", models/"autoencoder-run", "--network", "Henghes et al.")
 
 
@@ -307,15 +229,6 @@ def verbs_that_write(tmp_path, models, where):
 def test_a_place_that_cannot_be_written(refused, tmp_path, models, place):
     (tmp_path/"file").write_text("a file")
     for words in verbs_that_write(tmp_path, models, tmp_path/place): refused(str(tmp_path/place), *words)
-
-
-@contextmanager
-def full_disk():
-    "No file may grow beyond 4000 bytes, as on a disk that is nearly full."
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
-    try: yield
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard)) # pytest's own log may be longer
 
 
 @pytest.mark.parametrize("verb", range(5))

@@ -285,7 +285,7 @@ def test_cubes_that_are_none(tmp_path, cube, message):
 def test_options_that_do_not_fit(tmp_path):
     path = npz(tmp_path/"a.npz")
     refused("3 bands", open_source, path, bands="gri")
-    refused("which knows no option 'scale'", open_source, path, scale=0.2)
+    refused("knows no option 'scale'", open_source, path, scale=0.2)
     refused("`pixel_scale`", open_source, path, bands="grizy")
     refused("pixels of -1 arcsec", open_source, path, pixel_scale=-1)
     refused("does not say which", open_source, path, bands="ggriz")
