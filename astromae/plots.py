@@ -6,7 +6,7 @@
 __all__ = ['STYLE', 'figure_style', 'point_density', 'density_scatter', 'running_percentiles', 'plot_residuals', 'colour_image',
            'mask_to_pixels', 'plot_reconstructions', 'plot_rates', 'plot_losses']
 
-# %% ../nbs/31_plots.ipynb #6e0de6d7
+# %% ../nbs/31_plots.ipynb #890d963e
 from collections.abc import Sequence
 from contextlib import contextmanager
 
@@ -22,7 +22,7 @@ from .errors import InputError
 from .metrics import check_redshifts, normalised_residual, outlier_fraction_005, sigma_mad
 from .survey import BANDS
 
-# %% ../nbs/31_plots.ipynb #6beb81a7
+# %% ../nbs/31_plots.ipynb #1640e7b1
 STYLE = {"figure.dpi": 80, "figure.constrained_layout.use": True, "font.size": 9,
          "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
          "legend.frameon": False, "image.origin": "lower", "image.interpolation": "nearest"}
@@ -33,7 +33,7 @@ def figure_style():
     plt.draw_if_interactive()  # pyplot loads its backend now, so that leaving does not undo it
     with plt.rc_context(STYLE): yield
 
-# %% ../nbs/31_plots.ipynb #237a1050
+# %% ../nbs/31_plots.ipynb #7209ee38
 def point_density(x: np.ndarray,      # (N,)
                   y: np.ndarray,      # (N,), in the unit of `x`
                   width: float,       # standard deviation of the smoothing, in the unit of `x`
@@ -47,7 +47,7 @@ def point_density(x: np.ndarray,      # (N,)
     places = [(values - limits[0])/cell - 0.5 for values in (x, y)]
     return map_coordinates(smooth, places, order=1, mode="nearest")/cell**2
 
-# %% ../nbs/31_plots.ipynb #295375b0
+# %% ../nbs/31_plots.ipynb #5ba2de43
 def _panel_text(z_spec, z_phot, limits) -> str:
     "The lines in the corner of a scatter plot: number, scatter, outliers, and what lies outside."
     lines = [f"n = {len(z_spec):,}", rf"$\sigma_\mathrm{{MAD}}$ = {sigma_mad(z_phot, z_spec):.4f}",
@@ -56,7 +56,7 @@ def _panel_text(z_spec, z_phot, limits) -> str:
     outside = np.count_nonzero(~inside.all(axis=0))
     return "\n".join(lines + [f"outside: {outside:,}"] if outside else lines)
 
-# %% ../nbs/31_plots.ipynb #c9220f21
+# %% ../nbs/31_plots.ipynb #26fab5c5
 @figure_style()
 def density_scatter(z_spec: np.ndarray,           # spectroscopic redshifts, (N,)
                     z_phot: np.ndarray,           # predicted redshifts, (N,)
@@ -86,7 +86,7 @@ def density_scatter(z_spec: np.ndarray,           # spectroscopic redshifts, (N,
     if colorbar: ax.figure.colorbar(drawn, ax=ax, label=r"galaxies per 0.01 $\times$ 0.01")
     return ax
 
-# %% ../nbs/31_plots.ipynb #f832c051
+# %% ../nbs/31_plots.ipynb #ac1d1fc8
 def running_percentiles(x: np.ndarray,         # (N,)
                         y: np.ndarray,         # (N,)
                         bins: int = 20,        # groups of (nearly) equal number
@@ -97,7 +97,7 @@ def running_percentiles(x: np.ndarray,         # (N,)
     centres = np.array([np.median(x[rows]) for rows in groups])
     return centres, np.stack([np.percentile(y[rows], percents) for rows in groups], axis=1)
 
-# %% ../nbs/31_plots.ipynb #e048de77
+# %% ../nbs/31_plots.ipynb #9955baea
 @figure_style()
 def plot_residuals(z_spec: np.ndarray,                 # spectroscopic redshifts, (N,)
                    z_phot: np.ndarray,                 # predicted redshifts, (N,)
@@ -123,7 +123,7 @@ def plot_residuals(z_spec: np.ndarray,                 # spectroscopic redshifts
     ax.legend(loc="upper left", ncols=2)
     return ax
 
-# %% ../nbs/31_plots.ipynb #70040635
+# %% ../nbs/31_plots.ipynb #c72e5b5d
 def colour_image(images: np.ndarray,    # (..., bands, H, W) nanomaggies per pixel
                  stretch: float = 0.3,  # brightness at which the compression sets in
                  softening: float = 5., # strength of the compression
@@ -138,10 +138,11 @@ def colour_image(images: np.ndarray,    # (..., bands, H, W) nanomaggies per pix
     *outer, _, height, width = images.shape
     channels = [weight/5.7*images[..., bands.index(band), :, :].reshape(-1, width)
                 for band, weight in zip(shown, (4.9, 5.7, 7.8))]
-    picture = make_lupton_rgb(*channels, stretch=stretch, Q=softening)
+    with np.errstate(invalid="ignore", divide="ignore"): # pixels that are 0 in all bands are black
+        picture = make_lupton_rgb(*channels, stretch=stretch, Q=softening)
     return picture.reshape(*outer, height, width, 3)
 
-# %% ../nbs/31_plots.ipynb #7dc2a9db
+# %% ../nbs/31_plots.ipynb #66f4e3f4
 def mask_to_pixels(mask: np.ndarray,  # (N, L), 1 where a patch was masked
                    size: int          # height and width of the image, pixels
                   ) -> np.ndarray:    # (N, size, size), True where masked
@@ -153,7 +154,7 @@ def mask_to_pixels(mask: np.ndarray,  # (N, L), 1 where a patch was masked
                          "give the mask of these images.")
     return np.kron(mask.reshape(-1, grid, grid), np.ones((1, size//grid, size//grid), dtype=bool))
 
-# %% ../nbs/31_plots.ipynb #271a9005
+# %% ../nbs/31_plots.ipynb #d8070a8b
 @figure_style()
 def plot_reconstructions(images: np.ndarray,          # true, (N, bands, H, H) nanomaggies per pixel
                          masks: np.ndarray,           # (N, L), 1 where a patch was masked
@@ -180,7 +181,7 @@ def plot_reconstructions(images: np.ndarray,          # true, (N, bands, H, H) n
     for ax, title in zip(axes[0], titles): ax.set_title(title)
     return figure
 
-# %% ../nbs/31_plots.ipynb #9bd8621e
+# %% ../nbs/31_plots.ipynb #81cf351e
 @figure_style()
 def plot_rates(epoch: np.ndarray,    # epochs done before each step, (S,)
                rate: np.ndarray,     # learning rate of each step, (S,)
@@ -194,7 +195,7 @@ def plot_rates(epoch: np.ndarray,    # epochs done before each step, (S,)
     ax.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     return ax
 
-# %% ../nbs/31_plots.ipynb #b40a4635
+# %% ../nbs/31_plots.ipynb #a4045ab2
 @figure_style()
 def plot_losses(log,                    # columns `epoch` and `train_loss`, `valid_loss`, ...
                 title: str = "",        # above the panel
