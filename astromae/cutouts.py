@@ -5,9 +5,12 @@
 # %% auto #0
 __all__ = ['cut_stamp_set']
 
-# %% ../nbs/07_cutouts.ipynb #a2121925
+# %% ../nbs/07_cutouts.ipynb #90bbc880
 from collections.abc import Iterable
 from pathlib import Path
+
+import numpy as np
+from astropy.table import Table
 
 from .catalogue import as_table, house_catalogue
 from .dataset import StampSet, check_destination, write_stamp_set
@@ -17,7 +20,21 @@ from .sources import read_catalogue
 from .stamps import cut_fields
 from .survey import BANDS
 
-# %% ../nbs/07_cutouts.ipynb #4bc5e743
+# %% ../nbs/07_cutouts.ipynb #f217f14d
+def _refuse_all_empty(chunks,       # pairs of images and `Table`
+                      table: Table, # the catalogue
+                      where: str):  # what to call it in an error
+    "Hand the chunks on; `InputError` at the end if no stamp has any pixel."
+    found = False
+    for images, rows in chunks:
+        found = found or bool(images.any())
+        yield images, rows
+    small = (np.abs(table["ra"]) <= 2*np.pi).all() and (np.abs(table["dec"]) <= np.pi/2).all()
+    if not found: raise InputError(
+        f"none of the {len(table)} positions of {where} lies on the frames of the field named "
+        f"beside it; {'they look like radians; give degrees' if small else 'check them'}.")
+
+# %% ../nbs/07_cutouts.ipynb #565dc8a4
 def cut_stamp_set(frames,                       # folder with the frames
                   folder,                       # where the stamp set is to be
                   catalogue=None,               # `Table` or file with ra, dec; None: detect them
@@ -48,5 +65,6 @@ def cut_stamp_set(frames,                       # folder with the frames
         f"{where} has no column {name!r}; name its positions ra and dec, in degrees.")
     chunks = cut_fields(table, frames, size, bands, processes, on_bad, astrometry,
                         progress=progress, scratch=Path(folder).absolute().parent, **settings)
+    chunks = _refuse_all_empty(chunks, table, where)
     return write_stamp_set(folder, chunks, len(table), bands, origin=f"frames in {frames}",
                            dtype=dtype, overwrite=overwrite)

@@ -1,7 +1,6 @@
 "Real data as a person types the verbs: from the survey to a stamp set and back, kills, and all that may be wrong."
 import bz2
 import io
-import json
 import os
 import pickle
 import shutil
@@ -23,11 +22,11 @@ from command import full_disk, on_disk, sentence, some, write
 from test_stamps import SHAPE, make_wcs, render
 
 from astromae import downloads
-from astromae.dataset import StampSet, write_stamp_set
+from astromae.dataset import StampSet
 from astromae.survey import BANDS, frame_name
 
 FIELD, CENTRE, N = (94, 1, 11), (150., 20.), 40
-WIDTHS = np.append(np.linspace(2.2, 4, N), np.full(6, 1.5))  # standard deviations, pixels
+WIDTHS = np.append(np.linspace(2.2, 4, N), np.full(12, 1.5))  # standard deviations, pixels
 WHERE = {"run": 94, "rerun": 301, "camcol": 1, "field": 11}
 
 
@@ -38,13 +37,13 @@ def sky_positions():
 
 
 def star_positions():
-    "Six positions between those, where the stars are."
-    columns, rows = np.meshgrid(30 + 37.14*np.array([0.5, 3.5, 6.5]), [52., 187.])
+    "Twelve positions between those, where the stars are."
+    columns, rows = np.meshgrid(30 + 37.14*np.array([0.5, 2.5, 4.5, 6.5]), [52., 97., 187.])
     return make_wcs(20.4, (2.6, -1.4), *CENTRE).all_pix2world(columns.ravel(), rows.ravel(), 0)
 
 
 def frame(band, place=FIELD, centre=CENTRE, **header) -> bytes:
-    "A small frame with forty round galaxies and six stars."
+    "A small frame with forty round galaxies and twelve stars."
     k = BANDS.index(band)
     wcs = make_wcs(20 + 0.2*k, (1.3*k, -0.7*k), *centre)
     image = np.zeros(SHAPE, np.float32)
@@ -84,10 +83,14 @@ def on_the_sky(ra, dec, **place) -> tuple[pd.DataFrame, pd.DataFrame]:
         "sciencePrimary": 1})
 
 
+@pytest.fixture(scope="session")
+def database(tmp_path_factory):
+    return SkyServer(tmp_path_factory.mktemp("sky")/"sky.db", *on_the_sky(*sky_positions(), **WHERE))
+
+
 @pytest.fixture
-def archive(originals, tmp_path_factory):
+def archive(originals, database):
     "Frames at the archive's paths, and the galaxies on them in SkyServer's tables."
-    database = SkyServer(tmp_path_factory.mktemp("sky")/"sky.db", *on_the_sky(*sky_positions(), **WHERE))
     frames = {archive_path(band, *FIELD): originals[frame_name(band, *FIELD)] for band in BANDS}
     with serving(Archive(frames, database)) as archive: yield archive
 
@@ -213,18 +216,19 @@ def kill(process):
     process.communicate()
 
 
-def test_an_import_that_is_killed_and_two_at_once(refused, tmp_path):
+def test_an_import_that_is_killed_and_two_at_once(refused, tmp_path, tmp_path_factory):
     "The first is held still while the second is refused, then killed; the same command does the rest."
-    n, rows = 1600, some(100, size=64)[0]
-    with h5py.File(tmp_path/"large.h5", "w") as file:
+    n, rows, source = 1600, some(100, size=64)[0], tmp_path_factory.mktemp("large")/"large.h5"
+    with h5py.File(source, "w") as file:
         file["images"] = np.tile(rows, (n//100, 1, 1, 1))
         file["objid"] = np.arange(n)
         file.attrs["bands"] = list(BANDS)
-    out, words = tmp_path/"out"/"set", ("import", tmp_path/"large.h5", tmp_path/"out"/"set")
+    out, words = tmp_path/"out"/"set", ("import", source, tmp_path/"out"/"set")
     journal = out.with_name(".set.unfinished")/"journal"
     first = start(*words)
     wait_for(lambda: journal.exists() and len(journal.read_text().splitlines()) > 1, first)
     first.send_signal(signal.SIGSTOP)
+    os.waitpid(first.pid, os.WUNTRACED)  # stopped
     refused("another import is writing", *words)
     refused("another import is writing", *words, "--overwrite")
     kill(first)
@@ -273,7 +277,6 @@ def test_frames_that_do_not_fit(refused, frames, tmp_path, band, body, message, 
     (frames/frame_name(band, *FIELD)).write_bytes(body)
     words = ("--catalogue", places(tmp_path/"a.csv", RA, DEC)) if listed else ()
     refused(message, "cut", frames, tmp_path/"set", "--processes", 1, *words)
-    refused(frames.name, "cut", frames, tmp_path/"set", "--processes", 1, *words)
 
 
 def test_frames_that_are_not_there(refused, frames, tmp_path):
@@ -288,18 +291,16 @@ def test_frames_that_are_not_there(refused, frames, tmp_path):
 
 
 @pytest.mark.parametrize("columns, message", [
-    ({"ra": RA + 5, "dec": DEC}, "none of the 40 positions lies in"),
+    ({"ra": RA + 5, "dec": DEC}, "none of the 40 positions"),
     ({"ra": np.radians(RA), "dec": np.radians(DEC)}, "look like radians"),
     ({"ra": np.where(np.arange(N) == 7, np.nan, RA), "dec": DEC}, "row 7 is no position"),
     ({"ra": RA, "dec": np.where(np.arange(N) == 7, 95., DEC)}, "row 7 is no position"),
     ({"ra": ["10h"]*N, "dec": DEC}, "'ra'"), ({"RAdeg": RA, "DEdeg": DEC}, "has no column"),
     ({"ra": RA[:0], "dec": DEC[:0]}, "no rows")])
-@pytest.mark.parametrize("field", [True, False])
+@pytest.mark.parametrize("field", [True, False])  # is it said in which field they lie?
 def test_positions_that_are_none(refused, frames, tmp_path, columns, message, field):
     more = {name: [value]*len(list(columns.values())[0]) for name, value in WHERE.items()} if field else {}
     Table(columns | more).write(tmp_path/"a.csv")
-    if field and message.startswith("none"): return  # where the field is told, such rows are kept and flagged
-    if field and message == "look like radians": return
     refused(message, "cut", frames, tmp_path/"set", "--catalogue", tmp_path/"a.csv", "--processes", 1)
 
 
