@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['detect', 'detect_fields']
 
-# %% ../nbs/01_galaxies.ipynb #daf2f0e7
+# %% ../nbs/01_galaxies.ipynb #954a9ef8
 from collections.abc import Iterable
 
 import numpy as np
@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 
 from .errors import InputError
 from .frames import Field, find_fields, find_sources, read_field
-from .survey import BANDS, GAIN, PIXEL_SCALE, PSF_FWHM, flux_to_mag
+from .survey import (BANDS, GAIN, PIXEL_SCALE, PSF_FWHM, asinh_mag_error,
+                             flux_to_asinh_mag)
 
-# %% ../nbs/01_galaxies.ipynb #43021bc3
+# %% ../nbs/01_galaxies.ipynb #36037c18
 def _point_source_size(size, signal, good) -> float: # pixels
     "Half-light radius of the field's point sources: the densest narrow range of sizes."
     bright = np.sort(size[good & (signal > 50)])
@@ -47,7 +48,7 @@ def _photometry(field: Field, sources, flat, noise) -> dict:
         error[k] = np.sqrt(variance + np.abs(flux[k])/gain)
     return dict(flux=flux, error=error, radius=radius*a, sky=sky)
 
-# %% ../nbs/01_galaxies.ipynb #611a1413
+# %% ../nbs/01_galaxies.ipynb #1822fc83
 def detect(field: Field,            # frames, from `read_field`
            threshold: float = 1.5,  # in standard deviations of the sky, per pixel
            star_margin: float = 0.12# a star is at most this much larger than a point source
@@ -75,7 +76,7 @@ def detect(field: Field,            # frames, from `read_field`
     table.meta["PSF_R50"] = point*PIXEL_SCALE
     return table
 
-# %% ../nbs/01_galaxies.ipynb #d5832fb9
+# %% ../nbs/01_galaxies.ipynb #ef0f815a
 def _house_columns(field: Field, sources, found) -> Table:
     "Identity, position, magnitudes, shape; the position angle is east of north."
     place = dict(run=field.run, camcol=field.camcol, field=field.field)
@@ -84,12 +85,12 @@ def _house_columns(field: Field, sources, found) -> Table:
     table = Table(dict(objid=number + np.arange(n, dtype=np.int64), ra=ra, dec=dec))
     for name, value in place.items(): table[name] = np.full(n, value)
     table["x"], table["y"] = sources["x"], sources["y"]
+    flux, error = np.full((2, n, len(BANDS)), np.nan)
     for k, band in enumerate(field.bands):
-        table[f"mag_{band}"] = flux_to_mag(found["flux"][k])
-        with np.errstate(divide="ignore", invalid="ignore"):
-            error = 2.5/np.log(10)*found["error"][k]/found["flux"][k]
-        table[f"magerr_{band}"] = np.where(found["flux"][k] > 0, error, np.nan)
-        table[f"ext_{band}"] = np.zeros(n)
+        flux[:, BANDS.index(band)], error[:, BANDS.index(band)] = found["flux"][k], found["error"][k]
+    for name, values in dict(mag=flux_to_asinh_mag(flux), magerr=asinh_mag_error(flux, error),
+                             ext=np.zeros_like(flux)).items():
+        for band in field.bands: table[f"{name}_{band}"] = values[:, BANDS.index(band)]
     ends = field.wcs[field.reference].all_pix2world(
         sources["x"] + np.cos(sources["theta"]), sources["y"] + np.sin(sources["theta"]), 0)
     east = ((ends[0] - ra + 180) % 360 - 180)*np.cos(np.radians(dec))
@@ -97,7 +98,7 @@ def _house_columns(field: Field, sources, found) -> Table:
     table["axis_ratio"] = sources["b"]/sources["a"]
     return table
 
-# %% ../nbs/01_galaxies.ipynb #fb317bfe
+# %% ../nbs/01_galaxies.ipynb #8f71824e
 def detect_fields(folder,                     # holds the frames
                   bands: Iterable[str] = BANDS,
                   faintest: float = 20.,      # magnitude in the reference band
