@@ -172,7 +172,7 @@ def test_a_plan_that_cannot_be_meant_is_refused(message, wrong):
 
 @pytest.mark.parametrize("words, message", [
     (dict(name="4"), "no experiment '4'; choose one of 1, 2, demo"), (dict(preset="big"), "no preset"),
-    (dict(name="2", cut="1"), "experiment 2 has its own parts")])
+    (dict(name="2", parts="1"), "experiment 2 has its own parts")])
 def test_a_mistyped_option_is_refused(words, message):
     with pytest.raises(InputError, match=message): plan_named(**words)
 
@@ -228,4 +228,4 @@ def test_the_paper_is_the_default():
     assert PLANS["paper"] == Plan() and Plan().networks == tuple(ARCHITECTURES)
     assert (Plan().pretraining.epochs, Plan().finetuning.epochs, Plan().seeds) == (2000, 700, (42,))
     assert plan_named("2").networks == ("pcm-AstroMAE", "Henghes et al.")
-    assert plan_named("label-efficiency", "two-cores", cut="demo", seeds=(1, 2)).seeds == (1, 2)
+    assert plan_named("label-efficiency", "two-cores", parts="demo", seeds=(1, 2)).seeds == (1, 2)
