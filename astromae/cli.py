@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'Device', 'Seed', 'Preset', 'ExperimentName', 'Epochs', 'BatchSize', 'Where', 'Bands', 'Dtype', 'Overwrite',
            'Server', 'Release', 'InMemory', 'simulate_verb', 'query_verb', 'fetch_verb', 'cut_verb', 'import_verb',
-           'export_verb', 'pretrain_verb', 'finetune_verb', 'predict_verb', 'demo_verb', 'bench_verb', 'main']
+           'export_verb', 'pretrain_verb', 'finetune_verb', 'experiment_verb', 'report_verb', 'predict_verb',
+           'demo_verb', 'bench_verb', 'main']
 
-# %% ../nbs/90_cli.ipynb #dcd0602f
+# %% ../nbs/90_cli.ipynb #78ab7ecc
 import sys, warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ import typer
 
 from .errors import InputError
 
-# %% ../nbs/90_cli.ipynb #7087eb1e
+# %% ../nbs/90_cli.ipynb #cbda6953
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   rich_markup_mode=None,
                   help="Photometric redshifts of galaxies from images, by masked autoencoding.")
@@ -40,7 +41,7 @@ Server = Annotated[Optional[str], typer.Option(help="address; default: astroquer
 Release = Annotated[Optional[int], typer.Option(help="data release; default: astroquery's")]
 InMemory = Annotated[bool, typer.Option(help="keep the stamps in memory, on the device")]
 
-# %% ../nbs/90_cli.ipynb #22da437e
+# %% ../nbs/90_cli.ipynb #d00f03ca
 def _preset(presets: dict, name: str, **overrides):
     "The settings of a preset, with the options that were given."
     if name not in presets:
@@ -83,7 +84,7 @@ def _warnings_as_sentences():
         warnings.showwarning = lambda message, *_: print(f"astromae: {message}", file=sys.stderr)
         yield
 
-# %% ../nbs/90_cli.ipynb #c6ac8099
+# %% ../nbs/90_cli.ipynb #eb44c53f
 @app.command("simulate")
 def simulate_verb(
     out: Annotated[Path, typer.Argument(help="folder of the new stamp set")],
@@ -94,7 +95,7 @@ def simulate_verb(
     if out.exists(): raise InputError(f"{out} exists; choose another folder or remove it.")
     print(f"{len(render_stamps(out, galaxies, seed, progress=True))} stamps are in {out}")
 
-# %% ../nbs/90_cli.ipynb #33bbb80f
+# %% ../nbs/90_cli.ipynb #83e592ad
 @app.command("query")
 def query_verb(
     out: Annotated[Path, typer.Argument(help="FITS file of the new catalogue")],
@@ -132,7 +133,7 @@ def fetch_verb(
     if not summary.complete: raise InputError(
         f"{len(summary.failed)} frames are missing in {frames}; run the same command again.")
 
-# %% ../nbs/90_cli.ipynb #5f7d73a8
+# %% ../nbs/90_cli.ipynb #3386a7ea
 @app.command("cut")
 def cut_verb(
     frames: Annotated[Path, typer.Argument(help="folder of frames")],
@@ -154,7 +155,7 @@ def cut_verb(
                               processes, astrometry, dtype=dtype, overwrite=overwrite,
                               progress=True)))
 
-# %% ../nbs/90_cli.ipynb #e4f95bd7
+# %% ../nbs/90_cli.ipynb #16e18510
 @app.command("import")
 def import_verb(
     source: Annotated[Path, typer.Argument(
@@ -195,7 +196,7 @@ def export_verb(
     exporters[out.suffix.lower()](_open(stamps, where), out, overwrite=overwrite, progress=True)
     print(f"the stamps are in {out}")
 
-# %% ../nbs/90_cli.ipynb #98dd4634
+# %% ../nbs/90_cli.ipynb #ba8010b9
 @app.command("pretrain")
 def pretrain_verb(
     stamps: Annotated[Path, typer.Argument(help="folder of a stamp set")],
@@ -224,7 +225,7 @@ def pretrain_verb(
                        in_memory)
     print(f"the autoencoder is in {trained.folder/'model'}, its losses in {out/'history.csv'}")
 
-# %% ../nbs/90_cli.ipynb #518d2685
+# %% ../nbs/90_cli.ipynb #1fa17fa0
 @app.command("finetune")
 def finetune_verb(
     stamps: Annotated[Path, typer.Argument(help="folder of a stamp set")],
@@ -247,7 +248,33 @@ def finetune_verb(
                                 pretrained, device, in_memory)
     if scores: print(scores) # the first process has them
 
-# %% ../nbs/90_cli.ipynb #61922192
+# %% ../nbs/90_cli.ipynb #d237729a
+@app.command("experiment")
+def experiment_verb(
+    name: Annotated[str, typer.Argument(help="1 or 2 (the paper), mask-ratio, label-efficiency")],
+    data: Annotated[Path, typer.Option(help="folder of a stamp set")],
+    out: Annotated[Path, typer.Option(help="folder of the run; goes on where it stopped")],
+    preset: Annotated[str, typer.Option(help="paper, gpu-hour or two-cores")] = "paper",
+    network: Annotated[Optional[list[str]], typer.Option(
+        help="one of the paper's fourteen; can be repeated; default: the experiment's")] = None,
+    seed: Annotated[Optional[list[int]], typer.Option(
+        help="of everything random; can be repeated; default: 42")] = None,
+    where: Where = None, in_memory: InMemory = False, device: Device = None):
+    "Run an experiment of the paper, or a study: many networks, many seeds, one folder."
+    from astromae.runs import STUDIES, plan_named, run_experiment
+    plan = plan_named(name, preset, tuple(network or ()), tuple(seed or ()))
+    run = STUDIES.get(name, run_experiment)
+    folder = run(_open(data, where), out, plan, device, in_memory=in_memory)
+    print(f"the run is in {folder}; see it with: astromae report {folder}")
+
+@app.command("report")
+def report_verb(
+    run: Annotated[Path, typer.Argument(help="folder of an experiment, finished or not")]):
+    "Make one page of a run: tables, figures, and what they say of the paper's claims."
+    from astromae.report import report
+    print(f"the page is {report(run)}")
+
+# %% ../nbs/90_cli.ipynb #85bd6a1b
 @app.command("predict")
 def predict_verb(
     model: Annotated[Path, typer.Argument(help="folder of a saved model")],
@@ -265,7 +292,7 @@ def predict_verb(
     write_predictions(predict(model, stamps, views=views, device=device, progress=True), out)
     print(f"the redshifts are in {out}")
 
-# %% ../nbs/90_cli.ipynb #1c9992b9
+# %% ../nbs/90_cli.ipynb #68face7f
 @app.command("demo")
 def demo_verb(
     out: Annotated[Path, typer.Argument(help="folder for everything that is made")] = Path("demo"),
@@ -283,7 +310,7 @@ def bench_verb(
     from astromae.benchmarks import run_benchmarks
     run_benchmarks(out, accuracy)
 
-# %% ../nbs/90_cli.ipynb #aabf591a
+# %% ../nbs/90_cli.ipynb #817873ea
 def main():
     "The entry point of the command `astromae`."
     try: return app()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['detect', 'detect_fields']
 
-# %% ../nbs/01_galaxies.ipynb #954a9ef8
+# %% ../nbs/01_galaxies.ipynb #ff6f9be8
 from collections.abc import Iterable
 
 import numpy as np
@@ -19,7 +19,7 @@ from .frames import Field, find_fields, find_sources, read_field
 from .survey import (BANDS, GAIN, PIXEL_SCALE, PSF_FWHM, asinh_mag_error,
                              flux_to_asinh_mag)
 
-# %% ../nbs/01_galaxies.ipynb #36037c18
+# %% ../nbs/01_galaxies.ipynb #34a0e000
 def _point_source_size(size, signal, good) -> float: # pixels
     "Half-light radius of the field's point sources: the densest narrow range of sizes."
     bright = np.sort(size[good & (signal > 50)])
@@ -48,7 +48,7 @@ def _photometry(field: Field, sources, flat, noise) -> dict:
         error[k] = np.sqrt(variance + np.abs(flux[k])/gain)
     return dict(flux=flux, error=error, radius=radius*a, sky=sky)
 
-# %% ../nbs/01_galaxies.ipynb #1822fc83
+# %% ../nbs/01_galaxies.ipynb #1e966608
 def detect(field: Field,            # frames, from `read_field`
            threshold: float = 1.5,  # in standard deviations of the sky, per pixel
            star_margin: float = 0.12# a star is at most this much larger than a point source
@@ -76,7 +76,7 @@ def detect(field: Field,            # frames, from `read_field`
     table.meta["PSF_R50"] = point*PIXEL_SCALE
     return table
 
-# %% ../nbs/01_galaxies.ipynb #ef0f815a
+# %% ../nbs/01_galaxies.ipynb #0f654852
 def _house_columns(field: Field, sources, found) -> Table:
     "Identity, position, magnitudes, shape; the position angle is east of north."
     place = dict(run=field.run, camcol=field.camcol, field=field.field)
@@ -87,7 +87,8 @@ def _house_columns(field: Field, sources, found) -> Table:
     table["x"], table["y"] = sources["x"], sources["y"]
     flux, error = np.full((2, n, len(BANDS)), np.nan)
     for k, band in enumerate(field.bands):
-        flux[:, BANDS.index(band)], error[:, BANDS.index(band)] = found["flux"][k], found["error"][k]
+        place = BANDS.index(band)
+        flux[:, place], error[:, place] = found["flux"][k], found["error"][k]
     for name, values in dict(mag=flux_to_asinh_mag(flux), magerr=asinh_mag_error(flux, error),
                              ext=np.zeros_like(flux)).items():
         for band in field.bands: table[f"{name}_{band}"] = values[:, BANDS.index(band)]
@@ -98,7 +99,7 @@ def _house_columns(field: Field, sources, found) -> Table:
     table["axis_ratio"] = sources["b"]/sources["a"]
     return table
 
-# %% ../nbs/01_galaxies.ipynb #8f71824e
+# %% ../nbs/01_galaxies.ipynb #1336de7b
 def detect_fields(folder,                     # holds the frames
                   bands: Iterable[str] = BANDS,
                   faintest: float = 20.,      # magnitude in the reference band
