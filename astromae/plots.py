@@ -7,7 +7,7 @@ __all__ = ['STYLE', 'figure_style', 'point_density', 'density_scatter', 'scatter
            'colour_image', 'mask_to_pixels', 'plot_reconstructions', 'plot_rates', 'plot_losses', 'plot_ratios',
            'plot_scan']
 
-# %% ../nbs/31_plots.ipynb #03cb9c38
+# %% ../nbs/31_plots.ipynb #fbc885df
 import math
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from .errors import InputError
 from .metrics import check_redshifts, normalised_residual, outlier_fraction_005, sigma_mad
 from .survey import BANDS
 
-# %% ../nbs/31_plots.ipynb #89cd1e14
+# %% ../nbs/31_plots.ipynb #f46c6795
 STYLE = {"figure.dpi": 80, "figure.constrained_layout.use": True, "font.size": 9,
          "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
          "legend.frameon": False, "image.origin": "lower", "image.interpolation": "nearest"}
@@ -35,7 +35,7 @@ def figure_style():
     plt.draw_if_interactive()  # pyplot loads its backend now, so that leaving does not undo it
     with plt.rc_context(STYLE): yield
 
-# %% ../nbs/31_plots.ipynb #c21f7de4
+# %% ../nbs/31_plots.ipynb #255fbe83
 def point_density(x: np.ndarray,      # (N,)
                   y: np.ndarray,      # (N,), in the unit of `x`
                   width: float,       # standard deviation of the smoothing, in the unit of `x`
@@ -49,7 +49,7 @@ def point_density(x: np.ndarray,      # (N,)
     places = [(values - limits[0])/cell - 0.5 for values in (x, y)]
     return map_coordinates(smooth, places, order=1, mode="nearest")/cell**2
 
-# %% ../nbs/31_plots.ipynb #a4baa249
+# %% ../nbs/31_plots.ipynb #4dc98c23
 def _panel_text(z_spec, z_phot, limits) -> str:
     "The lines in the corner of a scatter plot: number, scatter, outliers, and what lies outside."
     lines = [f"n = {len(z_spec):,}", rf"$\sigma_\mathrm{{MAD}}$ = {sigma_mad(z_phot, z_spec):.4f}",
@@ -58,7 +58,7 @@ def _panel_text(z_spec, z_phot, limits) -> str:
     outside = np.count_nonzero(~inside.all(axis=0))
     return "\n".join(lines + [f"outside: {outside:,}"] if outside else lines)
 
-# %% ../nbs/31_plots.ipynb #ca4544f5
+# %% ../nbs/31_plots.ipynb #b01fdd13
 @figure_style()
 def density_scatter(z_spec: np.ndarray,           # spectroscopic redshifts, (N,)
                     z_phot: np.ndarray,           # predicted redshifts, (N,)
@@ -88,7 +88,7 @@ def density_scatter(z_spec: np.ndarray,           # spectroscopic redshifts, (N,
     if colorbar: ax.figure.colorbar(drawn, ax=ax, label=r"galaxies per 0.01 $\times$ 0.01")
     return ax
 
-# %% ../nbs/31_plots.ipynb #7d642649
+# %% ../nbs/31_plots.ipynb #c2861698
 @figure_style()
 def scatter_grid(z_spec: np.ndarray,      # spectroscopic redshifts, (N,)
                  predictions: dict,       # name -> predicted redshifts, (N,)
@@ -104,7 +104,7 @@ def scatter_grid(z_spec: np.ndarray,      # spectroscopic redshifts, (N,)
         if k + columns < len(predictions): ax.set_xlabel("")
     return figure
 
-# %% ../nbs/31_plots.ipynb #34c68635
+# %% ../nbs/31_plots.ipynb #e0266669
 def running_percentiles(x: np.ndarray,         # (N,)
                         y: np.ndarray,         # (N,)
                         bins: int = 20,        # groups of (nearly) equal number
@@ -115,7 +115,7 @@ def running_percentiles(x: np.ndarray,         # (N,)
     centres = np.array([np.median(x[rows]) for rows in groups])
     return centres, np.stack([np.percentile(y[rows], percents) for rows in groups], axis=1)
 
-# %% ../nbs/31_plots.ipynb #5462ae2a
+# %% ../nbs/31_plots.ipynb #9c1ce1f6
 @figure_style()
 def plot_residuals(z_spec: np.ndarray,                 # spectroscopic redshifts, (N,)
                    z_phot: np.ndarray,                 # predicted redshifts, (N,)
@@ -141,7 +141,7 @@ def plot_residuals(z_spec: np.ndarray,                 # spectroscopic redshifts
     ax.legend(loc="upper left", ncols=2)
     return ax
 
-# %% ../nbs/31_plots.ipynb #e342a0b8
+# %% ../nbs/31_plots.ipynb #69c04960
 def colour_image(images: np.ndarray,    # (..., bands, H, W) nanomaggies per pixel
                  stretch: float = 0.3,  # brightness at which the compression sets in
                  softening: float = 5., # strength of the compression
@@ -160,7 +160,7 @@ def colour_image(images: np.ndarray,    # (..., bands, H, W) nanomaggies per pix
         picture = make_lupton_rgb(*channels, stretch=stretch, Q=softening)
     return picture.reshape(*outer, height, width, 3)
 
-# %% ../nbs/31_plots.ipynb #4093effb
+# %% ../nbs/31_plots.ipynb #16171890
 def mask_to_pixels(mask: np.ndarray,  # (N, L), 1 where a patch was masked
                    size: int          # height and width of the image, pixels
                   ) -> np.ndarray:    # (N, size, size), True where masked
@@ -172,7 +172,7 @@ def mask_to_pixels(mask: np.ndarray,  # (N, L), 1 where a patch was masked
                          "give the mask of these images.")
     return np.kron(mask.reshape(-1, grid, grid), np.ones((1, size//grid, size//grid), dtype=bool))
 
-# %% ../nbs/31_plots.ipynb #b672f29c
+# %% ../nbs/31_plots.ipynb #afb6cccc
 @figure_style()
 def plot_reconstructions(images: np.ndarray,          # true, (N, bands, H, H) nanomaggies per pixel
                          masks: np.ndarray,           # (N, L), 1 where a patch was masked
@@ -199,7 +199,7 @@ def plot_reconstructions(images: np.ndarray,          # true, (N, bands, H, H) n
     for ax, title in zip(axes[0], titles): ax.set_title(title)
     return figure
 
-# %% ../nbs/31_plots.ipynb #20dec2e7
+# %% ../nbs/31_plots.ipynb #b0e55eca
 @figure_style()
 def plot_rates(epoch: np.ndarray,    # epochs done before each step, (S,)
                rate: np.ndarray,     # learning rate of each step, (S,)
@@ -213,7 +213,7 @@ def plot_rates(epoch: np.ndarray,    # epochs done before each step, (S,)
     ax.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     return ax
 
-# %% ../nbs/31_plots.ipynb #3de1c0d4
+# %% ../nbs/31_plots.ipynb #dd319037
 @figure_style()
 def plot_losses(log,                    # columns `epoch` and `train_loss`, `valid_loss`, ...
                 title: str = "",        # above the panel
@@ -231,7 +231,7 @@ def plot_losses(log,                    # columns `epoch` and `train_loss`, `val
     ax.legend()
     return ax
 
-# %% ../nbs/31_plots.ipynb #9cdeed80
+# %% ../nbs/31_plots.ipynb #551bf8a8
 @figure_style()
 def plot_ratios(groups: dict # title -> rows (label, ratio, low, high, published ratio or None)
                ) -> Figure:
@@ -256,7 +256,7 @@ def plot_ratios(groups: dict # title -> rows (label, ratio, low, high, published
         if text.get_text() in groups: text.set_fontweight("bold")
     return figure
 
-# %% ../nbs/31_plots.ipynb #3572a610
+# %% ../nbs/31_plots.ipynb #a0975614
 @figure_style()
 def plot_scan(lines: dict,           # name -> (x, y, error of y), each (N,)
               xlabel: str, ylabel: str,
@@ -264,12 +264,12 @@ def plot_scan(lines: dict,           # name -> (x, y, error of y), each (N,)
               ax: Axes|None = None       # where to draw; None: a new figure
              ) -> Axes:
     "Lines with error bars along a scan of one setting."
-    if ax is None: ax = plt.subplots(figsize=(5.5, 3.4))[1]
+    if ax is None: ax = plt.subplots(figsize=(7.5, 3.4))[1]
     for name, (x, y, error) in lines.items():
         ax.errorbar(x, y, error, marker="o", markersize=4, capsize=2, label=name)
     ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if logarithmic else "linear")
     ticks = sorted({value for x, *_ in lines.values() for value in x})
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.set_xticks([], minor=True)
-    ax.legend()
+    ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
     return ax

@@ -6,9 +6,9 @@
 __all__ = ['PUBLISHED_METRICS', 'PUBLISHED', 'PUBLISHED_GALAXIES', 'Block', 'Cell', 'Row', 'TABLE_METRICS', 'CLAIMS', 'STUDIES',
            'Run', 'read_run', 'missing_parts', 'score_table', 'pairs', 'compare_seeds', 'published_ratio',
            'compared_pairs', 'verdict', 'claim_blocks', 'scatter_blocks', 'draw_residuals', 'training_blocks',
-           'draw_curves', 'departures', 'page_title', 'page_blocks', 'as_markdown', 'report']
+           'curve_lines', 'curve_blocks', 'departures', 'page_title', 'page_blocks', 'as_markdown', 'report']
 
-# %% ../nbs/52_report.ipynb #d4d90f69
+# %% ../nbs/52_report.ipynb #f03d90fa
 import base64
 import json
 from collections import namedtuple
@@ -33,7 +33,7 @@ from .plots import figure_style, plot_ratios, plot_residuals, plot_scan, scatter
 from .redshift import ARCHITECTURES
 from .training import FinetuneSettings, PretrainSettings
 
-# %% ../nbs/52_report.ipynb #ed144609
+# %% ../nbs/52_report.ipynb #db6c9c13
 PUBLISHED_METRICS = ("mse", "mae", "bias", "precision", "r2")
 
 _TABLE_4 = {
@@ -59,7 +59,7 @@ PUBLISHED = {table: {name: dict(zip(PUBLISHED_METRICS, row)) for name, row in ro
              for table, rows in (("Table IV", _TABLE_4), ("Table V", _TABLE_5))}
 PUBLISHED_GALAXIES = 659_857  # of Pasquet et al. (2019), in both tables
 
-# %% ../nbs/52_report.ipynb #6b2628d0
+# %% ../nbs/52_report.ipynb #4fd3e0b9
 @dataclass(frozen=True)
 class Run:
     "What was found in the folder of an experiment."
@@ -84,7 +84,7 @@ class Run:
         scored = {name for scores in self.scores.values() for name in scores}
         return [name for name in (*self.plan["networks"], *MAGNITUDE_METHODS) if name in scored]
 
-# %% ../nbs/52_report.ipynb #06284d96
+# %% ../nbs/52_report.ipynb #a9ba05a5
 def _read(file: Path, otherwise=None):
     "What a JSON or FITS file holds; `otherwise` if there is no such file."
     if not file.exists(): return otherwise
@@ -111,7 +111,7 @@ def read_run(folder) -> Run: # `InputError` if the folder is none of an experime
                {seed: curve for seed, part in parts.items()
                 if (curve := _read(part/"curve.json"))})
 
-# %% ../nbs/52_report.ipynb #6077f2ea
+# %% ../nbs/52_report.ipynb #b1d400fe
 def _state(folder: Path, epochs: int) -> str|None: # None: finished
     "How far a training has come."
     if (folder/"model").exists(): return None
@@ -143,12 +143,12 @@ def missing_parts(run: Run) -> list: # of sentences; empty: the run is finished
         if left: found.append(f"Seed {seed} still needs {', '.join(left)}.")
     return found
 
-# %% ../nbs/52_report.ipynb #eeb4d554
+# %% ../nbs/52_report.ipynb #1dec5556
 Block = namedtuple("Block", "kind content caption", defaults=("",))
 Cell = namedtuple("Cell", "text note best", defaults=("", False))
 Row = namedtuple("Row", "kind cells")  # kind: ours or published
 
-# %% ../nbs/52_report.ipynb #ddf03cc3
+# %% ../nbs/52_report.ipynb #3b7fe2ca
 TABLE_METRICS = {"sigma_mad": "σ_MAD", "precision": "precision", "mae": "MAE", "mse": "MSE",
                  "bias": "bias", "r2": "R²", "outlier_fraction_005": "|Δz| > 0.05"}
 
@@ -174,7 +174,7 @@ def _best(run: Run, metric: str) -> str:
         return np.inf if None in values else cost(np.mean(values))
     return min(run.names, key=mean)
 
-# %% ../nbs/52_report.ipynb #a9b43728
+# %% ../nbs/52_report.ipynb #163f2a87
 def score_table(run: Run) -> Block:
     "All networks and methods, each published row under ours."
     published, rows, seeds = PUBLISHED[run.published], [], len(run.plan["seeds"])
@@ -190,7 +190,7 @@ def score_table(run: Run) -> Block:
             for metric in TABLE_METRICS)]))
     return Block("table", [["", *TABLE_METRICS.values()], rows])
 
-# %% ../nbs/52_report.ipynb #43d89e5a
+# %% ../nbs/52_report.ipynb #5f39752d
 def pairs(field: str, better, worse) -> list: # of (the better by the claim, the other)
     "Architectures that differ in one field of their configuration only."
     configs = {name: asdict(config) for name, config in ARCHITECTURES.items()}
@@ -205,7 +205,7 @@ CLAIMS = {
     "AstroMAE beats Henghes et al.": pairs("encoder", "pcm", "none")
                                      + pairs("encoder", "plain", "none")}
 
-# %% ../nbs/52_report.ipynb #76441fcf
+# %% ../nbs/52_report.ipynb #660c93cb
 def compare_seeds(run: Run, a: str, b: str) -> tuple|None: # None: no seed has both
     "Ratio of the precision of two columns of predictions, and the ends of its 95% interval."
     found = [paired_bootstrap(table[a], table[b], table["z_spec"], "precision", how="ratio")
@@ -221,7 +221,7 @@ def published_ratio(published: str, a: str, b: str) -> float|None:
     table = PUBLISHED[published]
     return table[a]["precision"]/table[b]["precision"] if {a, b} <= set(table) else None
 
-# %% ../nbs/52_report.ipynb #44c1cb4a
+# %% ../nbs/52_report.ipynb #c1ba888b
 def compared_pairs(run: Run) -> dict: # claim -> {(a, b): (ratio, low, high)}
     "Every claim's pairs that this run can compare, and AstroMAE against magnitudes alone."
     methods = [name for name in run.names if name in MAGNITUDE_METHODS]
@@ -246,7 +246,7 @@ def verdict(table: str, a: str, b: str, ratio: float, low: float, high: float) -
     return (f"{a} has {ratio:.2f} times the scatter of {b} (95%: {low:.2f} to {high:.2f}): "
             f"{_judgement(low, high)}." + (f" Published: {published:.2f}." if published else ""))
 
-# %% ../nbs/52_report.ipynb #2d14cb53
+# %% ../nbs/52_report.ipynb #4f0b7775
 def claim_blocks(run: Run) -> list:
     "The ratios as a figure, and each in a sentence."
     found = compared_pairs(run)
@@ -267,7 +267,7 @@ def claim_blocks(run: Run) -> list:
                                   for pair, ratio in compared.items()])]
     return blocks
 
-# %% ../nbs/52_report.ipynb #e353ae6e
+# %% ../nbs/52_report.ipynb #6d5ce6ab
 def _group(name: str) -> str:
     "The grid in which a network is drawn."
     if name not in ARCHITECTURES: return "magnitudes alone"
@@ -278,15 +278,17 @@ def _group(name: str) -> str:
 def scatter_blocks(run: Run) -> list:
     "Density scatter plots of every network and method, with the first seed."
     seed, table = next(iter(run.predictions.items()))
-    groups = {}
+    groups, few = {}, len(run.plan["networks"]) <= 6
     for name in run.names:
-        if name in table.colnames: groups.setdefault(_group(name), {})[name] = table[name]
+        if name not in table.colnames: continue
+        group = "all networks" if few and name in ARCHITECTURES else _group(name)
+        groups.setdefault(group, {})[name] = table[name]
     def grid(found): return scatter_grid(table["z_spec"], found, 4 if len(found) == 4 else 3)
     return [Block("figure", (f"scatter-{folder_name(group)}", grid(found)),
                   f"Predicted against spectroscopic redshift, {group}, seed {seed}.")
             for group, found in groups.items()]
 
-# %% ../nbs/52_report.ipynb #39a1bcf5
+# %% ../nbs/52_report.ipynb #f4abadfc
 def _shown(run: Run) -> list:
     "The names whose residuals are drawn: the best network, Henghes et al., the best method."
     scores = next(iter(run.scores.values()))
@@ -310,12 +312,13 @@ def draw_residuals(run: Run) -> Figure:
             ax.set_title(name)
     return figure
 
-# %% ../nbs/52_report.ipynb #32f0d2b0
+# %% ../nbs/52_report.ipynb #d43b8d6c
 def training_blocks(run: Run) -> list:
     "The learning rates, and the losses of what has been trained with the first seed that has any."
     phases = SimpleNamespace(pretraining=PretrainSettings(**run.plan["pretraining"]),
                              finetuning=FinetuneSettings(**run.plan["finetuning"]))
-    blocks = [Block("figure", ("learning-rates", draw_rates(phases)), "Learning rates.")]
+    blocks = [Block("figure", ("learning-rates", draw_rates(phases)),
+                    "Learning rates of both phases, as in the paper's Figs. 4, 5 and 8.")]
     for seed in run.plan["seeds"]:
         files = sorted((run.folder/f"seed-{seed}").glob("**/history.csv"))
         logs = {str(file.parent.relative_to(run.folder)).replace("/networks", ""):
@@ -324,21 +327,33 @@ def training_blocks(run: Run) -> list:
                                         f"Losses of every training, seed {seed}")]
     return blocks
 
-# %% ../nbs/52_report.ipynb #2631d770
+# %% ../nbs/52_report.ipynb #40f9d276
 STUDIES = {"mask-ratio": ("masked share of the patches", False), # label, is the axis logarithmic?
            "label-efficiency": ("share of the labels", True)}
 
-def draw_curves(run: Run) -> Figure:
+def curve_lines(run: Run) -> dict: # name -> table with columns x, y (sigma_mad), error
     "The scatter of each network and probe along the values, mean over the seeds."
     points = pd.DataFrame([{"name": point["name"], "x": point["x"], "y": point["sigma_mad"],
                             "error": point["errors"]["sigma_mad"]}
                            for curve in run.curves.values() for point in curve])
-    lines = {name: line.groupby("x")[["y", "error"]].mean().reset_index().to_numpy().T
-             for name, line in points.groupby("name", sort=False)}
-    xlabel, logarithmic = STUDIES[run.study]
-    return plot_scan(lines, xlabel, r"$\sigma_\mathrm{MAD}$", logarithmic).figure
+    return {name: line.groupby("x")[["y", "error"]].mean().reset_index()
+            for name, line in points.groupby("name", sort=False)}
 
-# %% ../nbs/52_report.ipynb #2283ad12
+def curve_blocks(run: Run) -> list:
+    "The curves as a figure and as a table."
+    lines, (xlabel, logarithmic) = curve_lines(run), STUDIES[run.study]
+    figure = plot_scan({name: line.to_numpy().T for name, line in lines.items()}, xlabel,
+                       r"$\sigma_\mathrm{MAD}$", logarithmic).figure
+    def cell(found): # the row of one value, or none
+        return (Cell(_as_text("", found.y.item()), _as_text("", found.error.item(), "±"))
+                if len(found) else Cell("–"))
+    rows = [Row("ours", [Cell(name), *(cell(line[line.x == x]) for x in run.values)])
+            for name, line in lines.items()]
+    return [Block("figure", (run.study, figure),
+                  "σ_MAD with bootstrap errors, mean over the seeds."),
+            Block("table", [[f"σ_MAD at {xlabel}", *(f"{x:g}" for x in run.values)], rows])]
+
+# %% ../nbs/52_report.ipynb #613d6c67
 def departures(plan: dict) -> list: # of sentences
     "Settings that are not the defaults, phase by phase."
     defaults = {"autoencoder": MAEConfig(), "pretraining": PretrainSettings(),
@@ -352,7 +367,7 @@ def departures(plan: dict) -> list: # of sentences
         if found: sentences.append(f"{phase}: {', '.join(found)}.")
     return sentences
 
-# %% ../nbs/52_report.ipynb #b98fcee2
+# %% ../nbs/52_report.ipynb #aa8771c3
 def page_title(run: Run) -> str:
     "The data set and the experiment in one line."
     done = f"experiment {run.plan['experiment']}" if run.study == "experiment" else run.study
@@ -383,7 +398,7 @@ def _reading(run: Run) -> list:
                               for metric, label in TABLE_METRICS.items()],
                   "What the metrics are")]
 
-# %% ../nbs/52_report.ipynb #d3e2e524
+# %% ../nbs/52_report.ipynb #8384b3b4
 def page_blocks(run: Run) -> list:
     "The whole page, from top to bottom."
     blocks = _introduction(run)
@@ -397,9 +412,7 @@ def page_blocks(run: Run) -> list:
                    Block("figure", ("residuals", draw_residuals(run)),
                          "Residuals Δz = (z_phot - z_spec)/(1 + z_spec) against redshift and "
                          f"magnitude, seed {next(iter(run.predictions))}.")]
-    if run.curves: blocks += [Block("heading", "Curves"), Block(
-        "figure", (run.study, draw_curves(run)),
-        "σ_MAD with bootstrap errors, mean over the seeds.")]
+    if run.curves: blocks += [Block("heading", "Curves"), *curve_blocks(run)]
     blocks += [Block("heading", "Training"), *training_blocks(run)]
     if found := departures(run.plan): blocks += [Block("text", "Settings other than the defaults, "
         "which are the paper's where it gives them:"), Block("list", found)]
@@ -407,7 +420,7 @@ def page_blocks(run: Run) -> list:
         "list", [f"{key}: {value}" for key, value in run.environment.items()])]
     return blocks
 
-# %% ../nbs/52_report.ipynb #df683115
+# %% ../nbs/52_report.ipynb #16a66882
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2.5rem auto;
        padding: 0 1.2rem; }
@@ -429,7 +442,7 @@ figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption, details { colo
   font-size: .88rem; }
 """
 
-# %% ../nbs/52_report.ipynb #33f2e3f7
+# %% ../nbs/52_report.ipynb #18897e02
 _HTML = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{{ title }}</title><style>""" + _STYLE + """</style></head><body>
@@ -457,7 +470,7 @@ _HTML = """<!doctype html>
 """
 _TEMPLATE = Template(_HTML, autoescape=True)
 
-# %% ../nbs/52_report.ipynb #d397a49d
+# %% ../nbs/52_report.ipynb #4d3f21b3
 def _markdown_row(cells: list) -> str:
     "A row of a table; a vertical bar would end a cell."
     texts = [f"{f'**{cell.text}**' if cell.best else cell.text} {cell.note}" for cell in cells]
@@ -478,7 +491,7 @@ def as_markdown(block: Block) -> str:
         return "\n".join(([f"{caption}:\n"] if caption else []) + [f"- {item}" for item in content])
     return content
 
-# %% ../nbs/52_report.ipynb #d958ecf6
+# %% ../nbs/52_report.ipynb #26386b5c
 def report(folder          # of an experiment, finished or not
           ) -> Path:       # the HTML page; report.md and figures/ are written beside it
     "Write `report.html` and `report.md` into the folder of an experiment."
