@@ -8,18 +8,19 @@ __all__ = ['app', 'Device', 'Seed', 'Preset', 'ExperimentName', 'Epochs', 'Batch
            'export_verb', 'pretrain_verb', 'finetune_verb', 'experiment_verb', 'report_verb', 'predict_verb',
            'demo_verb', 'bench_verb', 'main']
 
-# %% ../nbs/90_cli.ipynb #78ab7ecc
+# %% ../nbs/90_cli.ipynb #2371d721
 import sys, warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Optional
 
+import numpy as np
 import typer
 
 from .errors import InputError
 
-# %% ../nbs/90_cli.ipynb #cbda6953
+# %% ../nbs/90_cli.ipynb #a63db0ba
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   rich_markup_mode=None,
                   help="Photometric redshifts of galaxies from images, by masked autoencoding.")
@@ -41,7 +42,7 @@ Server = Annotated[Optional[str], typer.Option(help="address; default: astroquer
 Release = Annotated[Optional[int], typer.Option(help="data release; default: astroquery's")]
 InMemory = Annotated[bool, typer.Option(help="keep the stamps in memory, on the device")]
 
-# %% ../nbs/90_cli.ipynb #d00f03ca
+# %% ../nbs/90_cli.ipynb #063b1dae
 def _preset(presets: dict, name: str, **overrides):
     "The settings of a preset, with the options that were given."
     if name not in presets:
@@ -61,6 +62,9 @@ def _held(stamps) -> str:
     held = repr(stamps).removeprefix("StampSet(").removesuffix(")")
     if "flag_any" in stamps.catalogue.colnames:
         held += f", {stamps.catalogue['flag_any'].sum():,} flagged"
+    without = int((~np.isfinite(stamps.magnitudes())).any(axis=1).sum())
+    if without: held += (f", {without:,} without all magnitudes (add mag_{stamps.bands[0]} to "
+                         f"mag_{stamps.bands[-1]} to the catalogue: redshifts need them)")
     return f"{held}: {stamps.folder}"
 
 def _bands(text: str) -> list:
@@ -84,7 +88,7 @@ def _warnings_as_sentences():
         warnings.showwarning = lambda message, *_: print(f"astromae: {message}", file=sys.stderr)
         yield
 
-# %% ../nbs/90_cli.ipynb #eb44c53f
+# %% ../nbs/90_cli.ipynb #aa4cdd6a
 @app.command("simulate")
 def simulate_verb(
     out: Annotated[Path, typer.Argument(help="folder of the new stamp set")],
@@ -95,7 +99,7 @@ def simulate_verb(
     if out.exists(): raise InputError(f"{out} exists; choose another folder or remove it.")
     print(f"{len(render_stamps(out, galaxies, seed, progress=True))} stamps are in {out}")
 
-# %% ../nbs/90_cli.ipynb #83e592ad
+# %% ../nbs/90_cli.ipynb #d2595c0a
 @app.command("query")
 def query_verb(
     out: Annotated[Path, typer.Argument(help="FITS file of the new catalogue")],
@@ -133,7 +137,7 @@ def fetch_verb(
     if not summary.complete: raise InputError(
         f"{len(summary.failed)} frames are missing in {frames}; run the same command again.")
 
-# %% ../nbs/90_cli.ipynb #3386a7ea
+# %% ../nbs/90_cli.ipynb #fd59305f
 @app.command("cut")
 def cut_verb(
     frames: Annotated[Path, typer.Argument(help="folder of frames")],
@@ -154,8 +158,10 @@ def cut_verb(
     print(_held(cut_stamp_set(frames, out, catalogue, size, _bands(bands), faintest, on_bad,
                               processes, astrometry, dtype=dtype, overwrite=overwrite,
                               progress=True)))
+    if catalogue is None:
+        print("the dust of our galaxy is still in the magnitudes of galaxies that were found here")
 
-# %% ../nbs/90_cli.ipynb #16e18510
+# %% ../nbs/90_cli.ipynb #7eeefe7d
 @app.command("import")
 def import_verb(
     source: Annotated[Path, typer.Argument(
@@ -196,7 +202,7 @@ def export_verb(
     exporters[out.suffix.lower()](_open(stamps, where), out, overwrite=overwrite, progress=True)
     print(f"the stamps are in {out}")
 
-# %% ../nbs/90_cli.ipynb #ba8010b9
+# %% ../nbs/90_cli.ipynb #13f4bad8
 @app.command("pretrain")
 def pretrain_verb(
     stamps: Annotated[Path, typer.Argument(help="folder of a stamp set")],
@@ -225,7 +231,7 @@ def pretrain_verb(
                        in_memory)
     print(f"the autoencoder is in {trained.folder/'model'}, its losses in {out/'history.csv'}")
 
-# %% ../nbs/90_cli.ipynb #1fa17fa0
+# %% ../nbs/90_cli.ipynb #cb1cd3f0
 @app.command("finetune")
 def finetune_verb(
     stamps: Annotated[Path, typer.Argument(help="folder of a stamp set")],
@@ -248,10 +254,11 @@ def finetune_verb(
                                 pretrained, device, in_memory)
     if scores: print(scores) # the first process has them
 
-# %% ../nbs/90_cli.ipynb #d237729a
+# %% ../nbs/90_cli.ipynb #81148687
 @app.command("experiment")
 def experiment_verb(
-    name: Annotated[str, typer.Argument(help="1 or 2 (the paper), mask-ratio, label-efficiency")],
+    name: Annotated[str, typer.Argument(
+        help="1 or 2 (the paper), demo, accuracy, mask-ratio, label-efficiency")],
     data: Annotated[Path, typer.Option(help="folder of a stamp set")],
     out: Annotated[Path, typer.Option(help="folder of the run; goes on where it stopped")],
     preset: Annotated[str, typer.Option(help="paper, gpu-hour or two-cores")] = "paper",
@@ -259,10 +266,12 @@ def experiment_verb(
         help="one of the paper's fourteen; can be repeated; default: the experiment's")] = None,
     seed: Annotated[Optional[list[int]], typer.Option(
         help="of everything random; can be repeated; default: 42")] = None,
+    parts: Annotated[Optional[str], typer.Option(
+        help="of a study: the experiment that says who sees which galaxies; default: 1")] = None,
     where: Where = None, in_memory: InMemory = False, device: Device = None):
     "Run an experiment of the paper, or a study: many networks, many seeds, one folder."
     from astromae.runs import STUDIES, plan_named, run_experiment
-    plan = plan_named(name, preset, tuple(network or ()), tuple(seed or ()))
+    plan = plan_named(name, preset, tuple(network or ()), tuple(seed or ()), parts)
     run = STUDIES.get(name, run_experiment)
     folder = run(_open(data, where), out, plan, device, in_memory=in_memory)
     print(f"the run is in {folder}; see it with: astromae report {folder}")
@@ -274,7 +283,7 @@ def report_verb(
     from astromae.report import report
     print(f"the page is {report(run)}")
 
-# %% ../nbs/90_cli.ipynb #85bd6a1b
+# %% ../nbs/90_cli.ipynb #968e7009
 @app.command("predict")
 def predict_verb(
     model: Annotated[Path, typer.Argument(help="folder of a saved model")],
@@ -292,7 +301,7 @@ def predict_verb(
     write_predictions(predict(model, stamps, views=views, device=device, progress=True), out)
     print(f"the redshifts are in {out}")
 
-# %% ../nbs/90_cli.ipynb #68face7f
+# %% ../nbs/90_cli.ipynb #88fa6041
 @app.command("demo")
 def demo_verb(
     out: Annotated[Path, typer.Argument(help="folder for everything that is made")] = Path("demo"),
@@ -310,7 +319,7 @@ def bench_verb(
     from astromae.benchmarks import run_benchmarks
     run_benchmarks(out, accuracy)
 
-# %% ../nbs/90_cli.ipynb #817873ea
+# %% ../nbs/90_cli.ipynb #3b9eac77
 def main():
     "The entry point of the command `astromae`."
     try: return app()

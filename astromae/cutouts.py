@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cut_stamp_set']
 
-# %% ../nbs/07_cutouts.ipynb #90bbc880
+# %% ../nbs/07_cutouts.ipynb #16908e27
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .sources import read_catalogue
 from .stamps import cut_fields
 from .survey import BANDS
 
-# %% ../nbs/07_cutouts.ipynb #f217f14d
+# %% ../nbs/07_cutouts.ipynb #22d403c8
 def _refuse_all_empty(chunks,       # pairs of images and `Table`
                       table: Table, # the catalogue
                       where: str):  # what to call it in an error
@@ -34,7 +34,7 @@ def _refuse_all_empty(chunks,       # pairs of images and `Table`
         f"none of the {len(table)} positions of {where} lies on the frames of the field named "
         f"beside it; {'they look like radians; give degrees' if small else 'check them'}.")
 
-# %% ../nbs/07_cutouts.ipynb #565dc8a4
+# %% ../nbs/07_cutouts.ipynb #2095fed8
 def cut_stamp_set(frames,                       # folder with the frames
                   folder,                       # where the stamp set is to be
                   catalogue=None,               # `Table` or file with ra, dec; None: detect them

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['detect', 'detect_fields']
 
-# %% ../nbs/01_galaxies.ipynb #ff6f9be8
+# %% ../nbs/01_galaxies.ipynb #d491f664
 from collections.abc import Iterable
 
 import numpy as np
@@ -15,11 +15,12 @@ from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
 from .errors import InputError
-from .frames import Field, find_fields, find_sources, read_field
+from .frames import (Field, find_fields, find_sources, read_field,
+                             without_background)
 from .survey import (BANDS, GAIN, PIXEL_SCALE, PSF_FWHM, asinh_mag_error,
                              flux_to_asinh_mag)
 
-# %% ../nbs/01_galaxies.ipynb #34a0e000
+# %% ../nbs/01_galaxies.ipynb #f2bdf613
 def _point_source_size(size, signal, good) -> float: # pixels
     "Half-light radius of the field's point sources: the densest narrow range of sizes."
     bright = np.sort(size[good & (signal > 50)])
@@ -39,8 +40,8 @@ def _photometry(field: Field, sources, flat, noise) -> dict:
     flux, error = np.full(shape, np.nan), np.full(shape, np.nan)
     for k, wcs in enumerate(field.wcs):
         if wcs is None: continue
-        image, sigma = (flat, noise) if k == field.reference else (
-            field.images[k], 1.4826*np.median(np.abs(field.images[k][::4, ::4])))
+        image, sigma = ((flat, noise) if k == field.reference
+                        else without_background(field.images[k], field.bad[k]))
         x, y = wcs.all_world2pix(*sky, 0, quiet=True)
         flux[k] = sep.sum_ellipse(image, x, y, a, b, theta, radius, mask=field.bad[k], subpix=5)[0]
         variance = np.pi*a*b*radius**2*sigma**2
@@ -48,7 +49,7 @@ def _photometry(field: Field, sources, flat, noise) -> dict:
         error[k] = np.sqrt(variance + np.abs(flux[k])/gain)
     return dict(flux=flux, error=error, radius=radius*a, sky=sky)
 
-# %% ../nbs/01_galaxies.ipynb #1e966608
+# %% ../nbs/01_galaxies.ipynb #da9193a8
 def detect(field: Field,            # frames, from `read_field`
            threshold: float = 1.5,  # in standard deviations of the sky, per pixel
            star_margin: float = 0.12# a star is at most this much larger than a point source
@@ -76,7 +77,7 @@ def detect(field: Field,            # frames, from `read_field`
     table.meta["PSF_R50"] = point*PIXEL_SCALE
     return table
 
-# %% ../nbs/01_galaxies.ipynb #0f654852
+# %% ../nbs/01_galaxies.ipynb #12541d5a
 def _house_columns(field: Field, sources, found) -> Table:
     "Identity, position, magnitudes, shape; the position angle is east of north."
     place = dict(run=field.run, camcol=field.camcol, field=field.field)
@@ -99,7 +100,7 @@ def _house_columns(field: Field, sources, found) -> Table:
     table["axis_ratio"] = sources["b"]/sources["a"]
     return table
 
-# %% ../nbs/01_galaxies.ipynb #1336de7b
+# %% ../nbs/01_galaxies.ipynb #a47fde4a
 def detect_fields(folder,                     # holds the frames
                   bands: Iterable[str] = BANDS,
                   faintest: float = 20.,      # magnitude in the reference band

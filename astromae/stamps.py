@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLAGS', 'cut_stamps', 'assign_fields', 'cut_fields']
 
-# %% ../nbs/01_stamps.ipynb #4e100519
+# %% ../nbs/01_stamps.ipynb #4b26fcf3
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +22,7 @@ from .errors import InputError
 from .frames import Field, field_sources, find_fields, read_field
 from .survey import BANDS, PIXEL_SCALE, find_frame
 
-# %% ../nbs/01_stamps.ipynb #7ef4d224
+# %% ../nbs/01_stamps.ipynb #b64d0d1a
 def _local_maps(field: Field, k: int, # band
                 x, y,                 # (N,) pixels of the reference band
                 size: int             # of the stamp
@@ -41,7 +41,7 @@ def _local_maps(field: Field, k: int, # band
     centre = np.stack([py[:, 0], px[:, 0]], -1)
     return matrix, centre - matrix.sum(-1)*(size//2)
 
-# %% ../nbs/01_stamps.ipynb #64fa7fe7
+# %% ../nbs/01_stamps.ipynb #cdbb5d96
 def _resample(image, bad, saturated, maps, size, order):
     "Stamps of one band, and for each: beyond the edge, without value, saturated."
     spline = image if order == 1 else ndimage.spline_filter(image, order, output=np.float32,
@@ -63,7 +63,7 @@ def _resample(image, bad, saturated, maps, size, order):
     stamps *= np.abs(np.linalg.det(matrices)).astype(np.float32)[:, None, None]
     return stamps, found
 
-# %% ../nbs/01_stamps.ipynb #9382cf30
+# %% ../nbs/01_stamps.ipynb #3e50089d
 FLAGS = tuple(f"flag_{name}" for name in ("edge", "missing", "saturated", "neighbour", "band"))
 
 def _bright_neighbour(field: Field, x, y, size: int, ratio: float) -> np.ndarray: # (N,) bool
@@ -80,7 +80,7 @@ def _bright_neighbour(field: Field, x, y, size: int, ratio: float) -> np.ndarray
         answer[n] = (flux >= ratio*mine).any()
     return answer
 
-# %% ../nbs/01_stamps.ipynb #63ade69b
+# %% ../nbs/01_stamps.ipynb #83f571a5
 def _check_positions(ra, dec, rows) -> tuple[np.ndarray, np.ndarray]:
     "Right ascensions in [0, 360) and declinations, or one sentence about the first bad row."
     try: ra, dec = (np.ma.filled(np.ma.asarray(v).astype(float), np.nan).ravel() for v in (ra, dec))
@@ -110,7 +110,7 @@ def _pixels(field: Field, ra, dec) -> np.ndarray: # (2, N), NaN more than a degr
     if near.any(): pixel[:, near] = wcs.all_world2pix(ra[near], dec[near], 0, quiet=True)
     return pixel
 
-# %% ../nbs/01_stamps.ipynb #6c35c745
+# %% ../nbs/01_stamps.ipynb #820da6ef
 def cut_stamps(field: Field,         # frames, from `read_field`
                ra, dec,              # (N,) degrees, ICRS
                size: int = 64,       # pixels of 0.396 arcsec
@@ -142,7 +142,7 @@ def cut_stamps(field: Field,         # frames, from `read_field`
     np.nan_to_num(images, copy=False, nan=0)
     return images, _finish_flags(flags, on_bad, rows, field.name)
 
-# %% ../nbs/01_stamps.ipynb #d17e4a82
+# %% ../nbs/01_stamps.ipynb #22030c6f
 def _cut_bands(field: Field, images, flags, x, y, inside, order, threads):
     "Fill the images of the positions that lie inside, band by band."
     flags["flag_edge"], flags["flag_missing"] = ~inside, ~inside
@@ -169,7 +169,7 @@ def _finish_flags(flags: Table, on_bad: str, rows, name: str) -> Table:
                          "leave it out, or choose on_bad='flag'.")
     return flags
 
-# %% ../nbs/01_stamps.ipynb #c80e25c4
+# %% ../nbs/01_stamps.ipynb #0fe50416
 def assign_fields(ra, dec,      # (N,) degrees
                   fields: dict  # from `find_fields`
                  ) -> tuple[list, np.ndarray]: # the fields, and for each position its place or -1
@@ -184,7 +184,7 @@ def assign_fields(ra, dec,      # (N,) degrees
         best = np.maximum(best, margin)
     return places, answer
 
-# %% ../nbs/01_stamps.ipynb #3578d4c9
+# %% ../nbs/01_stamps.ipynb #ed335be1
 def _in_order(chunks: Iterable, # of (rows, images, Table)
               n: int,           # rows in all
               scratch=None      # folder of the temporary file
@@ -208,7 +208,7 @@ def _in_order(chunks: Iterable, # of (rows, images, Table)
                                                       for k in range(next_row, stop)])
                 next_row = stop
 
-# %% ../nbs/01_stamps.ipynb #f95ab0ec
+# %% ../nbs/01_stamps.ipynb #1d7a83ae
 def _cut_group(folder, place, rows, ra, dec, bands, size, on_bad, astrometry, registered, threads):
     "Read one field and cut its stamps; a field without frames gives flagged stamps, or refuses."
     if place is None or not any(find_frame(folder, band, *place) for band in bands):
@@ -227,7 +227,7 @@ def _cut_group(folder, place, rows, ra, dec, bands, size, on_bad, astrometry, re
         flags = _finish_flags(flags, on_bad, rows, field.name)
     return rows, images, flags
 
-# %% ../nbs/01_stamps.ipynb #b8e18dee
+# %% ../nbs/01_stamps.ipynb #7a5ea2c6
 def _groups(catalogue: Table, folder, ra, dec, bands):
     "The fields of a catalogue in the order of their first rows: [(place, rows)]."
     if {"run", "camcol", "field"} <= set(catalogue.colnames):
@@ -248,7 +248,7 @@ def _groups(catalogue: Table, folder, ra, dec, bands):
     for row, place in enumerate(places): groups.setdefault(place, []).append(row)
     return [(place, np.array(rows)) for place, rows in groups.items()]
 
-# %% ../nbs/01_stamps.ipynb #44d20c5b
+# %% ../nbs/01_stamps.ipynb #0e3f24aa
 def cut_fields(catalogue: Table,            # with `ra` and `dec`; `run camcol field` if known
                folder,                      # holds the frames
                size: int = 64,              # pixels on a side
@@ -282,7 +282,7 @@ def cut_fields(catalogue: Table,            # with `ra` and `dec`; `run camcol f
                         catalogue, places)
     return _in_order(chunks, len(catalogue), scratch)
 
-# %% ../nbs/01_stamps.ipynb #e13c1d50
+# %% ../nbs/01_stamps.ipynb #8cd1af01
 def _with_rows(results, catalogue: Table, places: dict):
     "Join flags to the catalogue's rows, and the field where the catalogue does not say it."
     for rows, images, flags in results:

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sqlite3
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -98,6 +99,10 @@ class Archive(ThreadingHTTPServer):
         self.files, self.database, self.moods = files or {}, database, {}
         self.asked, self.now, self.most_at_once, self.counting = [], 0, 0, threading.Lock()
         self.slowness, self.retry_after, self.wrong = 1., "0", small_frame("u", 1, 1, 11)
+
+    def handle_error(self, request, client_address):
+        "A client that has gone is no error of the archive."
+        if not isinstance(sys.exc_info()[1], ConnectionError): super().handle_error(request, client_address)
 
     @property
     def url(self): return f"http://127.0.0.1:{self.server_port}"
