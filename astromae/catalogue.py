@@ -6,7 +6,7 @@
 __all__ = ['EXPERIMENT_1', 'required_columns', 'check_catalogue', 'tidy_catalogue', 'known_names', 'as_table', 'house_catalogue',
            'matching_rows', 'duplicates', 'split']
 
-# %% ../nbs/00_catalogue.ipynb #136e1359
+# %% ../nbs/00_catalogue.ipynb #b6d873cc
 import difflib
 from collections import Counter
 from typing import Iterable
@@ -22,7 +22,7 @@ from scipy.sparse.csgraph import connected_components
 from .errors import InputError
 from .survey import BANDS, EXTINCTION_PER_EBV
 
-# %% ../nbs/00_catalogue.ipynb #7deeda5e
+# %% ../nbs/00_catalogue.ipynb #292f66d7
 def required_columns(bands: Iterable[str] = BANDS # names of the bands
                     ) -> list[str]:               # names of the columns
     "The columns without which a catalogue is refused."
@@ -46,7 +46,7 @@ def check_catalogue(catalogue: Table, bands: Iterable[str], # names of the bands
     if catalogue["objid"].dtype.kind not in "iu" or np.ma.is_masked(catalogue["objid"]):
         raise InputError(f"the column 'objid' of {where} must be whole numbers, one for every row.")
 
-# %% ../nbs/00_catalogue.ipynb #3b039a2d
+# %% ../nbs/00_catalogue.ipynb #e0a1a7b5
 def tidy_catalogue(catalogue: Table, bands: Iterable[str]) -> Table: # with the same columns
     "The same catalogue with the house's types; other columns are shared, not copied."
     tidy = Table(catalogue, copy=False)
@@ -62,7 +62,7 @@ def _as_floats(values) -> np.ndarray:
     if not np.ma.is_masked(values): return np.asarray(values, float)
     return np.ma.filled(np.ma.asarray(values).astype(float), np.nan)
 
-# %% ../nbs/00_catalogue.ipynb #7d866266
+# %% ../nbs/00_catalogue.ipynb #63e23603
 def known_names(names: Iterable[str],         # of somebody's columns
                 bands: Iterable[str] = BANDS  # names of the bands
                ) -> dict[str, str]:           # their name -> the house's name
@@ -79,7 +79,7 @@ def known_names(names: Iterable[str],         # of somebody's columns
         if theirs in names and not taken: renamed[theirs] = ours
     return renamed
 
-# %% ../nbs/00_catalogue.ipynb #ea54103c
+# %% ../nbs/00_catalogue.ipynb #755206bd
 def _reddening(table: Table, where: str) -> np.ndarray:
     "E(B-V) of every row: from the catalogue, else from the map of Schlegel et al. (1998)."
     for name in ("ebv", "EBV", "E(B-V)"):
@@ -109,7 +109,7 @@ def _deredden(table: Table, bands, where: str):
         table[f"mag_{band}"] = (_above(-99, table[f"modelMag_{band}"])
                                 - _above(-99, table[f"ext_{band}"]))
 
-# %% ../nbs/00_catalogue.ipynb #5c406da3
+# %% ../nbs/00_catalogue.ipynb #ca98be80
 def as_table(catalogue,                    # `Table`, record array, DataFrame or dict
              where: str = "the catalogue"  # what to call it in an error
             ) -> Table:                    # whose columns are shared, where that can be
@@ -141,7 +141,7 @@ def house_catalogue(catalogue,                    # `Table`, record array, DataF
     for name, floor in floors.items(): table[name] = _above(floor, _numbers(table, name, where))
     return table, filled
 
-# %% ../nbs/00_catalogue.ipynb #6bdba5ca
+# %% ../nbs/00_catalogue.ipynb #d0f0df8a
 def _above(floor, values) -> np.ndarray:
     "`values` as floats, NaN where they are masked or not above `floor`."
     values = _as_floats(values)
@@ -164,7 +164,7 @@ def _whole_numbers(values, where) -> np.ndarray:
     except (ValueError, TypeError, OverflowError) as error: raise InputError(
         f"the column 'objid' of {where} must be whole numbers, one for every row.") from error
 
-# %% ../nbs/00_catalogue.ipynb #b08c9681
+# %% ../nbs/00_catalogue.ipynb #83291daa
 def matching_rows(catalogue: Table,
                   condition: str,              # such as `z <= 0.4 and dered_petro_r <= 17.8`
                   names: dict|None = None,     # other names that may be used -> the column's name
@@ -194,7 +194,7 @@ def matching_rows(catalogue: Table,
         f"no galaxy of {where} meets the condition {condition!r}; ask for less.")
     return rows
 
-# %% ../nbs/00_catalogue.ipynb #c652b866
+# %% ../nbs/00_catalogue.ipynb #2d270e1a
 def duplicates(catalogue: Table,   # with `objid`, and `ra` and `dec` where they are known
                radius: float = 1.  # closer than this is the same galaxy, arcsec
               ) -> np.ndarray:     # (N,) number of the galaxy, the same for all its rows
@@ -215,7 +215,7 @@ def duplicates(catalogue: Table,   # with `objid`, and `ra` and `dec` where they
     graph = coo_array((np.ones(len(rows), bool), (rows, others)), shape=(n, n))
     return connected_components(graph, directed=False)[1]
 
-# %% ../nbs/00_catalogue.ipynb #03daa411
+# %% ../nbs/00_catalogue.ipynb #9e640ede
 EXPERIMENT_1 = {"unlabelled": 0.8, "watch": 0.1, "train": 0.07, "valid": 0.01, "test": 0.02}
 
 def _smallest_objid(catalogue: Table) -> np.ndarray: # (N,)

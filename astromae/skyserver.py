@@ -6,7 +6,7 @@
 __all__ = ['SELECTIONS', 'SKYSERVER_ROWS', 'SKYSERVER_SECONDS', 'SKYSERVER_PAUSE', 'OBJID_PER_QUERY', 'POSITIONS_PER_QUERY',
            'galaxy_sql', 'query_galaxies']
 
-# %% ../nbs/00_skyserver.ipynb #acd7686c
+# %% ../nbs/00_skyserver.ipynb #95bdb8b7
 import fcntl, hashlib, io, json, re, shutil, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +22,9 @@ from .catalogue import known_names
 from .downloads import (RETRIES, Refused, TryAgain, Unreachable, check_status, reaching_out,
                                 with_patience)
 from .errors import InputError, from_os_error, write_aside
-from .survey import BANDS, EXTINCTION_PER_EBV
+from .survey import BANDS, extinction_per_ebv
 
-# %% ../nbs/00_skyserver.ipynb #7fc2eb56
+# %% ../nbs/00_skyserver.ipynb #bd083506
 _PHOTOMETRY = {"objid": "objID", "ra": "ra", "dec": "dec",
                **{f"mag_{band}": f"dered_{band}" for band in BANDS},
                **{f"magerr_{band}": f"modelMagErr_{band}" for band in BANDS},
@@ -34,14 +34,14 @@ _PHOTOMETRY = {"objid": "objID", "ra": "ra", "dec": "dec",
 _SPECTRUM = {"z_spec": "z", "z_err": "zErr", "z_warning": "zWarning",
              "primtarget": "legacy_target1"}
 
-# %% ../nbs/00_skyserver.ipynb #570e3912
+# %% ../nbs/00_skyserver.ipynb #5f945170
 _GOOD_SPECTRUM = ("s.class='GALAXY' AND s.survey='sdss' AND s.targetType='SCIENCE' AND "
                   "s.sciencePrimary=1 AND s.zWarning=0 AND s.z>0")
 SELECTIONS = {"paper": f"{_GOOD_SPECTRUM} AND p.clean=1 AND p.insideMask=0"}
 SELECTIONS["main"] = (SELECTIONS["paper"] + " AND s.z<=0.4 AND p.petroMag_r-p.extinction_r<=17.8"
                       " AND s.legacy_target1>=64")
 
-# %% ../nbs/00_skyserver.ipynb #81a4d42c
+# %% ../nbs/00_skyserver.ipynb #16a31cb8
 def _columns() -> str:
     "What is selected, under the house's names."
     named = [(f"p.{theirs}", ours) for ours, theirs in _PHOTOMETRY.items()]
@@ -67,7 +67,7 @@ def _region(region) -> tuple[str, str]:
     inside = f"p.ra>={west:.10g} {'AND' if west < east else 'OR'} p.ra<{east:.10g}"
     return "", f" AND ({inside}) AND p.dec>={south:.10g} AND p.dec<{north:.10g}"
 
-# %% ../nbs/00_skyserver.ipynb #c7dd4980
+# %% ../nbs/00_skyserver.ipynb #18ae5f2e
 def galaxy_sql(selection: str = "paper",  # of `SELECTIONS`
                region=None  # degrees: (ra, dec, radius) or (ra_min, ra_max, dec_min, dec_max)
               ) -> str:     # SQL for SkyServer, without limit or order
@@ -78,7 +78,7 @@ def galaxy_sql(selection: str = "paper",  # of `SELECTIONS`
     return (f"SELECT {_columns()} FROM SpecObjAll AS s JOIN PhotoObjAll AS p ON p.objID=s.bestObjID"
             f"{join} WHERE {SELECTIONS[selection]}{inside}")
 
-# %% ../nbs/00_skyserver.ipynb #b5694ed3
+# %% ../nbs/00_skyserver.ipynb #8238596d
 SKYSERVER_ROWS, SKYSERVER_SECONDS = 500_000, 600  # its limits for one query
 SKYSERVER_PAUSE = 1.                              # seconds between two queries
 
@@ -96,7 +96,7 @@ def _own_sql(sql: str) -> str:
             f"the SQL must do without {word.upper()!r}: {instead}.")
     return sql
 
-# %% ../nbs/00_skyserver.ipynb #fe25a1bf
+# %% ../nbs/00_skyserver.ipynb #2247d0d4
 class _TooSlow(Refused): "The query ran into SkyServer's time limit."
 
 def _read_answer(response) -> pd.DataFrame:
@@ -118,7 +118,7 @@ def _read_answer(response) -> pd.DataFrame:
     try: return pd.read_csv(io.StringIO(text), comment="#")
     except ValueError as error: raise TryAgain("SkyServer sent no readable table") from error
 
-# %% ../nbs/00_skyserver.ipynb #c6669702
+# %% ../nbs/00_skyserver.ipynb #3b032094
 @contextmanager
 def _talking(server, release):
     "astroquery with our server, without its cache; its exceptions as ours."
@@ -129,12 +129,12 @@ def _talking(server, release):
          cache_conf.set_temp("cache_active", False), warnings.catch_warnings(), reaching_out():
         warnings.filterwarnings("ignore", message="Field info are not available")
         settings = dict(timeout=(conf.timeout, SKYSERVER_SECONDS), cache=False,
-                        data_release=release or conf.default_release)
+                        data_release=release)
         try: yield settings
         except URLError as error: raise Unreachable("the server cannot be reached") from error
         except RemoteServiceError as error: raise Refused(str(error)) from error
 
-# %% ../nbs/00_skyserver.ipynb #97917eb1
+# %% ../nbs/00_skyserver.ipynb #c0d653ae
 class _SkyServer:
     "Asks SkyServer, patiently, and never faster than it likes."
     def __init__(self, server, release, retries, pause):
@@ -152,12 +152,12 @@ class _SkyServer:
         "The table that an asking method of `astroquery.sdss.SDSS` gets."
         return with_patience(lambda: self._ask(method, arguments, keywords), self.retries)
 
-# %% ../nbs/00_skyserver.ipynb #7dbc3aac
+# %% ../nbs/00_skyserver.ipynb #d6b663db
 _WHOLE = {"objid": 0, "run": 0, "rerun": 0, "camcol": 0, "field": 0,
           "z_warning": -1, "primtarget": 0}  # whole numbers, and what stands for none
 
-def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
-    "An answer in the house's names and types."
+def _tidy(frame: pd.DataFrame, release: int) -> pd.DataFrame:
+    "An answer of a data release in the house's names and types."
     frame = frame.rename(columns=lambda name: "objid" if name.lower() == "objid" else name)
     frame = frame.rename(columns=known_names(frame.columns))
     measured = frame.select_dtypes("float").columns
@@ -165,11 +165,11 @@ def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
     for name in set(_WHOLE) & set(frame):
         frame[name] = frame[name].fillna(_WHOLE[name]).astype(np.int64)
     if "ext_r" in frame:
-        frame["ebv"] = frame["ext_r"]/EXTINCTION_PER_EBV[BANDS.index("r")]
+        frame["ebv"] = frame["ext_r"]/extinction_per_ebv(release)[BANDS.index("r")]
         if "petromag_r" in frame: frame["dered_petro_r"] = frame["petromag_r"] - frame["ext_r"]
     return frame
 
-# %% ../nbs/00_skyserver.ipynb #ee53bf31
+# %% ../nbs/00_skyserver.ipynb #2bf6216a
 class _Chunks:
     "The chunks of one question that have come."
     def __init__(self, folder: Path):
@@ -191,7 +191,7 @@ class _Chunks:
         self.rows += len(frame)
         with write_aside(self._path(k)) as new: Table.from_pandas(frame).write(new, format="fits")
 
-# %% ../nbs/00_skyserver.ipynb #7b3bfe33
+# %% ../nbs/00_skyserver.ipynb #ea625f84
 @contextmanager
 def _alone(out: Path, question):
     "Lock and yield the hidden folder of a question; removed at the end if it holds no chunk."
@@ -210,12 +210,12 @@ def _alone(out: Path, question):
                 if not len(_Chunks(folder)): shutil.rmtree(folder, ignore_errors=True)
     except OSError as error: raise from_os_error(error, f"writing {folder}") from error
 
-# %% ../nbs/00_skyserver.ipynb #5ca418b9
+# %% ../nbs/00_skyserver.ipynb #b47f9a9a
 def _by_sql(ask, chunks, bar, sql, chunk, limit):
     "Chunks of SQL, each of the galaxies after the last."
     last = max((int(table["objid"].max()) for table in chunks), default=0)
     while (n := min(chunk, (limit or np.inf) - chunks.rows)) > 0:
-        try: frame = _tidy(ask("query_sql_async", _chunk_sql(sql, int(n), last)))
+        try: frame = _tidy(ask("query_sql_async", _chunk_sql(sql, int(n), last)), ask.release)
         except _TooSlow:
             if chunk < 100: raise
             chunk //= 4
@@ -226,7 +226,7 @@ def _by_sql(ask, chunks, bar, sql, chunk, limit):
         chunks.add(len(chunks), frame.drop_duplicates("objid"))
         bar.update(chunks.rows - bar.n)
 
-# %% ../nbs/00_skyserver.ipynb #d52aad62
+# %% ../nbs/00_skyserver.ipynb #d8717b54
 OBJID_PER_QUERY = 50
 
 def _objid_sql(objid) -> str:
@@ -242,11 +242,11 @@ def _by_objid(ask, chunks, bar, objid):
             wanted = pd.DataFrame({"objid": objid[first:first + OBJID_PER_QUERY]})
             wanted["asked"] = first + np.arange(len(wanted))
             frame = ask("query_sql_async", _objid_sql(wanted["objid"]))
-            frame = _tidy(frame.reindex(columns=[*_PHOTOMETRY, *_SPECTRUM]))
+            frame = _tidy(frame.reindex(columns=[*_PHOTOMETRY, *_SPECTRUM]), ask.release)
             chunks.add(k, frame.drop_duplicates("objid").merge(wanted, on="objid"))
         bar.update(min(first + OBJID_PER_QUERY, len(objid)) - bar.n)
 
-# %% ../nbs/00_skyserver.ipynb #ab10b2d2
+# %% ../nbs/00_skyserver.ipynb #2a1ca15d
 POSITIONS_PER_QUERY = 1_000
 
 def _cross_identify(ask, rows, ra, dec, radius) -> pd.DataFrame:
@@ -271,10 +271,11 @@ def _by_position(ask, chunks, bar, ra, dec, radius):
     for k, first in enumerate(range(0, len(ra), POSITIONS_PER_QUERY)):
         rows = np.arange(first, min(first + POSITIONS_PER_QUERY, len(ra)))
         if k not in chunks:
-            chunks.add(k, _tidy(_cross_identify(ask, rows, ra[rows], dec[rows], radius)))
+            frame = _cross_identify(ask, rows, ra[rows], dec[rows], radius)
+            chunks.add(k, _tidy(frame, ask.release))
         bar.update(rows[-1] + 1 - bar.n)
 
-# %% ../nbs/00_skyserver.ipynb #1b5b3e7e
+# %% ../nbs/00_skyserver.ipynb #7c8952ef
 def _read_list(handed, names: tuple[str, ...]) -> list[np.ndarray]:
     "Columns of a table, of a file that holds one, or of an array."
     if isinstance(handed, (str, Path)):
@@ -296,7 +297,7 @@ def _read_list(handed, names: tuple[str, ...]) -> list[np.ndarray]:
         f"the list has no column {missing[0]!r}, only {', '.join(handed.colnames)}.")
     return [np.ma.filled(np.ma.asarray(handed[there[name]]), -1) for name in names]
 
-# %% ../nbs/00_skyserver.ipynb #9a419402
+# %% ../nbs/00_skyserver.ipynb #22b30a16
 def _positions(handed) -> tuple[np.ndarray, np.ndarray]:
     "Right ascension and declination, degrees, each where the sky is."
     columns = _read_list(handed, ("ra", "dec"))
@@ -318,7 +319,7 @@ def _objid(handed) -> list[int]:
         "the list of objid must hold whole numbers above zero, of at most 19 digits.")
     return objid
 
-# %% ../nbs/00_skyserver.ipynb #15f36789
+# %% ../nbs/00_skyserver.ipynb #b03deca8
 def _question(selection, region, positions, objid, sql, chunk, limit, radius):
     "What is asked, as words that identify it; how it is walked through; how many rows at most."
     lists = [name for name, value in (("positions", positions), ("objid", objid), ("sql", sql))
@@ -340,7 +341,7 @@ def _question(selection, region, positions, objid, sql, chunk, limit, radius):
     sql = _own_sql(sql) if sql is not None else galaxy_sql(selection or "paper", region)
     return [sql, limit], lambda *to: _by_sql(*to, sql, chunk, limit), limit
 
-# %% ../nbs/00_skyserver.ipynb #ca0ae50b
+# %% ../nbs/00_skyserver.ipynb #b473a97f
 _UNITS = {"ra": "deg", "dec": "deg", "petrorad_r": "arcsec", "petromag_r": "mag",
           "dered_petro_r": "mag", "ebv": "mag",
           **{f"{kind}_{band}": "mag" for kind in ("mag", "magerr", "ext") for band in BANDS}}
@@ -371,7 +372,7 @@ def _keeping(chunks: _Chunks, server: str):
         raise InputError(f"asking SkyServer at {server} failed: {error.reason}; check {advice}."
                         ) from error
 
-# %% ../nbs/00_skyserver.ipynb #e2556755
+# %% ../nbs/00_skyserver.ipynb #1c9dcd4e
 def query_galaxies(out,                    # FITS file of the catalogue that is to be
                    selection: str|None = None,  # of `SELECTIONS`; without anything else: paper
                    region=None,    # degrees: ra, dec, radius or ra_min, ra_max, dec_min, dec_max
@@ -390,6 +391,7 @@ def query_galaxies(out,                    # FITS file of the catalogue that is 
     "A catalogue of SDSS galaxies; after an interruption the same call goes on where it stopped."
     from astroquery.sdss import conf
     out, server = Path(out), server or conf.skyserver_baseurl
+    release = release or conf.default_release
     if out.suffix.lower() not in (".fits", ".fit"): raise InputError(
         f"a catalogue is a FITS file: name it {out.with_suffix('.fits').name} and not {out.name}.")
     if out.exists() and not overwrite: raise InputError(
@@ -402,7 +404,7 @@ def query_galaxies(out,                    # FITS file of the catalogue that is 
                   disable=not progress) as bar, _keeping(chunks, server): walk(ask, chunks, bar)
         if chunks.rows:
             catalogue = _join(chunks, n)
-            catalogue.meta |= {"SERVER": server, "RELEASE": release or conf.default_release}
+            catalogue.meta |= {"SERVER": server, "RELEASE": release}
             with write_aside(out) as new: catalogue.write(new, format="fits")
         shutil.rmtree(folder)
     if not chunks.rows: raise InputError("SDSS has no galaxy like that; nothing was written.")

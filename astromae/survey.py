@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BANDS', 'PIXEL_SCALE', 'ZERO_POINT', 'SKY_NOISE', 'GAIN', 'PSF_FWHM', 'PSF_WING_HEIGHT', 'PSF_WING_WIDTH',
            'PSF_SCATTER', 'PSF_CORRELATION', 'SKY_NOISE_SCATTER', 'ASINH_SOFTENING', 'EXTINCTION_PER_EBV',
-           'flux_to_mag', 'mag_to_flux', 'flux_to_asinh_mag', 'asinh_mag_error', 'frame_name', 'frame_url',
-           'find_frame', 'check_frame', 'fetch_frames']
+           'EXTINCTION_PER_EBV_DR13', 'flux_to_mag', 'mag_to_flux', 'flux_to_asinh_mag', 'asinh_mag_error',
+           'extinction_per_ebv', 'frame_name', 'frame_url', 'find_frame', 'check_frame', 'fetch_frames']
 
-# %% ../nbs/00_survey.ipynb #3ee0325e
+# %% ../nbs/00_survey.ipynb #923eec7e
 import bz2, io, re, warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,30 +21,30 @@ from urllib3.util import Retry
 from .downloads import RETRIES, FetchSummary, RemoteFile, fetch_files
 from .errors import InputError
 
-# %% ../nbs/00_survey.ipynb #39a22b87
+# %% ../nbs/00_survey.ipynb #98fd9f7e
 BANDS = ("u", "g", "r", "i", "z")
 
-# %% ../nbs/00_survey.ipynb #9211b830
+# %% ../nbs/00_survey.ipynb #a4dacbb3
 PIXEL_SCALE = 0.396  # arcsec per pixel
 ZERO_POINT = 22.5    # magnitude of one nanomaggy
 
-# %% ../nbs/00_survey.ipynb #2ff8b467
+# %% ../nbs/00_survey.ipynb #8a618ff6
 SKY_NOISE = np.array([0.039, 0.0145, 0.028, 0.039, 0.148])  # nanomaggies per pixel
 
-# %% ../nbs/00_survey.ipynb #22978c71
+# %% ../nbs/00_survey.ipynb #96f5d11e
 GAIN = np.array([177.7, 1102.8, 954.5, 735.6, 139.0])  # electrons per nanomaggy
 
-# %% ../nbs/00_survey.ipynb #7a6e82a1
+# %% ../nbs/00_survey.ipynb #7acdb4ed
 PSF_FWHM = np.array([1.56, 1.40, 1.38, 1.31, 1.27])           # arcsec, SDSS's psf_width
 PSF_WING_HEIGHT = np.array([0.104, 0.100, 0.060, 0.060, 0.065])  # wide over narrow, at the centre
 PSF_WING_WIDTH = np.array([2.13, 2.22, 2.38, 2.46, 2.54])     # sigma, wide over narrow
 
-# %% ../nbs/00_survey.ipynb #74d3f3db
+# %% ../nbs/00_survey.ipynb #dc5467df
 PSF_SCATTER = np.array([0.168, 0.150, 0.145, 0.122, 0.109])   # standard deviation of ln(width)
 PSF_CORRELATION = 0.73                                        # of ln(width) between two bands
 SKY_NOISE_SCATTER = np.array([0.088, 0.137, 0.095, 0.068, 0.061])  # standard deviation of ln(noise)
 
-# %% ../nbs/00_survey.ipynb #ef1f43aa
+# %% ../nbs/00_survey.ipynb #524c27bb
 def flux_to_mag(flux  # nanomaggies
                ):     # magnitude; NaN where the flux is not positive
     "Pogson magnitude of a flux."
@@ -56,17 +56,17 @@ def mag_to_flux(mag   # Pogson magnitude
     "Flux of a Pogson magnitude."
     return 10**(0.4*(ZERO_POINT - np.asarray(mag)))
 
-# %% ../nbs/00_survey.ipynb #3e867f09
+# %% ../nbs/00_survey.ipynb #b07ec8fc
 ASINH_SOFTENING = np.array([1.4, 0.9, 1.2, 1.8, 7.4])*1e-10  # b, in maggies
 
-# %% ../nbs/00_survey.ipynb #a5459a35
+# %% ../nbs/00_survey.ipynb #73124cf6
 def flux_to_asinh_mag(flux  # (..., 5) nanomaggies, bands last
                      ):     # (..., 5) asinh magnitude
     "SDSS's asinh magnitude of a flux: finite, also for a flux of zero or below."
     softness = 1e9*ASINH_SOFTENING
     return -2.5/np.log(10)*(np.arcsinh(np.asarray(flux)/(2*softness)) + np.log(ASINH_SOFTENING))
 
-# %% ../nbs/00_survey.ipynb #926b6d25
+# %% ../nbs/00_survey.ipynb #b72f956d
 def asinh_mag_error(flux,        # (..., 5) nanomaggies, bands last
                     flux_error   # (..., 5) its standard deviation, nanomaggies
                    ):            # (..., 5) magnitudes
@@ -74,10 +74,16 @@ def asinh_mag_error(flux,        # (..., 5) nanomaggies, bands last
     softness = 1e9*ASINH_SOFTENING
     return 2.5/np.log(10)*np.asarray(flux_error)/np.hypot(np.asarray(flux), 2*softness)
 
-# %% ../nbs/00_survey.ipynb #676264c0
-EXTINCTION_PER_EBV = np.array([5.155, 3.793, 2.751, 2.086, 1.479])  # magnitudes per E(B-V)
+# %% ../nbs/00_survey.ipynb #990f8d15
+EXTINCTION_PER_EBV = np.array([5.155, 3.793, 2.751, 2.086, 1.479])       # mag per E(B-V), to DR12
+EXTINCTION_PER_EBV_DR13 = np.array([4.239, 3.303, 2.285, 1.698, 1.263])  # the same, since DR13
 
-# %% ../nbs/00_survey.ipynb #dce25d6e
+def extinction_per_ebv(release: int    # data release
+                      ) -> np.ndarray: # (5,) magnitudes per E(B-V)
+    "The coefficients that a data release of SDSS makes its extinctions with."
+    return EXTINCTION_PER_EBV if release < 13 else EXTINCTION_PER_EBV_DR13
+
+# %% ../nbs/00_survey.ipynb #7e5b2be4
 def frame_name(band: str, run: int, camcol: int, field: int) -> str:
     "The name of a frame, as SDSS gives it."
     return f"frame-{band}-{run:06d}-{camcol}-{field:04d}.fits.bz2"
@@ -95,7 +101,7 @@ def frame_url(band: str, run: int, camcol: int, field: int, rerun: int = 301,
                                           instrument=survey, rerun=rerun, run=run, camcol=camcol,
                                           field=field, band=band)
 
-# %% ../nbs/00_survey.ipynb #168571fe
+# %% ../nbs/00_survey.ipynb #b27cf8d9
 def find_frame(folder, band: str, run: int, camcol: int, field: int,
                rerun: int = 301) -> Path|None:  # None: it is not there
     "The frame in a folder, wherever it lies there."
@@ -104,7 +110,7 @@ def find_frame(folder, band: str, run: int, camcol: int, field: int,
     found = (place/called for place in places for called in (name, name.removesuffix(".bz2")))
     return next((path for path in found if path.is_file()), None)
 
-# %% ../nbs/00_survey.ipynb #aee29739
+# %% ../nbs/00_survey.ipynb #abe42a31
 _FRAME_NAME = re.compile(r"frame-(\w)-(\d{6})-(\d)-(\d{4})\.fits(\.bz2)?")
 
 def _identity(hdus) -> tuple:
@@ -128,7 +134,7 @@ def _read_frame(path: Path) -> tuple[tuple, bool]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError("is no FITS file") from error
 
-# %% ../nbs/00_survey.ipynb #e50e0e1b
+# %% ../nbs/00_survey.ipynb #f0850114
 def check_frame(path): # a file with a frame's name
     "`InputError` unless the file is whole and the frame that its name says."
     name = _FRAME_NAME.fullmatch(Path(path).name)
@@ -139,14 +145,14 @@ def check_frame(path): # a file with a frame's name
     if found != wanted: raise InputError(
         "is band {} of {}-{}-{} and not band {} of {}-{}-{}".format(*found, *wanted))
 
-# %% ../nbs/00_survey.ipynb #8f1e0f97
+# %% ../nbs/00_survey.ipynb #1a83d554
 def _fields(catalogue: Table) -> list[tuple[int, ...]]:
     "(run, camcol, field, rerun) of each field that a catalogue lies on, in order."
     names = ("run", "camcol", "field")
     missing = [name for name in names if name not in catalogue.colnames]
     if missing: raise InputError(
         f"the catalogue has no column {missing[0]!r}, which says where a galaxy's frames are; "
-        "ask SDSS for it with query_galaxies.")
+        "ask SDSS for it with query_galaxies or, at the command line, astromae query.")
     columns = [catalogue[name] for name in names]
     columns.append(catalogue["rerun"] if "rerun" in catalogue.colnames else [301]*len(catalogue))
     try: table = np.stack([np.ma.filled(np.ma.asarray(column, float), 0) for column in columns], 1)
@@ -158,7 +164,7 @@ def _fields(catalogue: Table) -> list[tuple[int, ...]]:
         f"{', '.join(f'{value:g}' for value in table[bad[0], :3])}.")
     return [tuple(row) for row in np.unique(table.astype(int), axis=0).tolist()]
 
-# %% ../nbs/00_survey.ipynb #36bf5d6c
+# %% ../nbs/00_survey.ipynb #92294df1
 def fetch_frames(catalogue: Table,          # needs run, camcol, field
                  folder,                    # where frames are, and come
                  bands: Iterable[str] = BANDS,

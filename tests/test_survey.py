@@ -24,6 +24,7 @@ from urllib3.util import Retry
 from astromae import downloads
 from astromae.downloads import LEFTOVER
 from astromae.errors import InputError
+from astromae.simulate import packaged_catalogue
 from astromae.skyserver import SELECTIONS, query_galaxies
 from astromae.survey import BANDS, check_frame, fetch_frames, find_frame, frame_name
 
@@ -226,6 +227,7 @@ def test_a_full_disk_is_one_sentence(archive, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change, message", [
     (dict(catalogue=CATALOGUE["run", "field"]), "no column 'camcol'"),
+    (dict(catalogue=CATALOGUE["run", "field"]), "astromae query"),
     (dict(catalogue=on_fields([3918, 0], [3, 1], [213, 12])), "row 1 of the catalogue"),
     (dict(catalogue=on_fields([3918], [7], [213])), "row 0 of the catalogue"),
     (dict(catalogue=on_fields([np.nan], [3], [213])), "are nan, 3, 213"),
@@ -283,10 +285,38 @@ def test_columns_are_the_house_s(sky, tmp_path):
                          ("petrorad_r", "petroRad_r"), ("z_spec", "z"), ("z_err", "zErr"),
                          ("z_warning", "zWarning"), ("primtarget", "legacy_target1")):
         np.testing.assert_allclose(table[ours], PAPER[theirs], rtol=1e-12)
-    np.testing.assert_allclose(table["ebv"], PAPER["extinction_r"]/2.751)
+    np.testing.assert_allclose(table["ebv"], PAPER["extinction_r"]/2.285)
     np.testing.assert_allclose(table["dered_petro_r"], PAPER["petroMag_r"] - PAPER["extinction_r"])
     assert {"rerun", "run", "camcol", "field"} <= set(table.colnames) and table["objid"].dtype.str == ">i8"
     assert table["mag_u"].unit == "mag" and table.meta["RELEASE"] == 17
+
+
+# Stoughton et al. (2002); Schlafly & Finkbeiner (2011): ugriz, magnitudes per E(B-V)
+LAWS = {12: (5.155, 3.793, 2.751, 2.086, 1.479), 13: (4.239, 3.303, 2.285, 1.698, 1.263)}
+
+
+@pytest.mark.parametrize("release, law", [(12, 12), (13, 13), (None, 13)])
+@pytest.mark.parametrize("how", ["selection", "objid", "positions"])
+def test_reddening_is_found_again_whatever_the_release(sky, tmp_path, release, law, how):
+    reddening = np.random.default_rng(4).uniform(0, 0.3, len(PHOTOMETRY))
+    photometry = PHOTOMETRY.assign(**{f"extinction_{band}": k*reddening for band, k in zip(BANDS, LAWS[law])})
+    sky.database = SkyServer(tmp_path/"sky.db", photometry, SPECTRA)
+    some = photometry[photometry["mode"] == 1][:20]
+    asked = {"selection": {}, "objid": {"objid": list(some["objID"])},
+             "positions": {"positions": some[["ra", "dec"]].to_numpy()}}[how]
+    found = query(sky, tmp_path/"found.fits", release=release, **asked)
+    truth = dict(zip(photometry["objID"], reddening))
+    np.testing.assert_allclose(found["ebv"], [truth[objid] for objid in found["objid"]], rtol=1e-6)
+    assert found.meta["RELEASE"] == (release or 17) and len(found) > 10
+
+
+def test_the_packaged_catalogue_follows_the_older_law():
+    packaged = packaged_catalogue()
+    reddening = np.median(packaged["ext_r"])/LAWS[12][2]
+    assert round(reddening, 3) == 0.026
+    for band, coefficient, newer, brighter in zip("ur", (5.155, 2.751), (4.239, 2.285), (0.024, 0.012)):
+        np.testing.assert_allclose(np.median(packaged[f"ext_{band}"]), coefficient*reddening, rtol=1e-3)
+        assert round(np.median(packaged[f"ext_{band}"]) - newer*reddening, 3) == brighter
 
 
 def test_regions(sky, tmp_path):
