@@ -6,7 +6,7 @@
 __all__ = ['EXPERIMENT_1', 'required_columns', 'check_catalogue', 'tidy_catalogue', 'known_names', 'as_table', 'house_catalogue',
            'matching_rows', 'duplicates', 'split']
 
-# %% ../nbs/00_catalogue.ipynb #b6d873cc
+# %% ../nbs/00_catalogue.ipynb #f9cf8dd2
 import difflib
 from collections import Counter
 from typing import Iterable
@@ -22,7 +22,7 @@ from scipy.sparse.csgraph import connected_components
 from .errors import InputError
 from .survey import BANDS, EXTINCTION_PER_EBV
 
-# %% ../nbs/00_catalogue.ipynb #292f66d7
+# %% ../nbs/00_catalogue.ipynb #95f61dcd
 def required_columns(bands: Iterable[str] = BANDS # names of the bands
                     ) -> list[str]:               # names of the columns
     "The columns without which a catalogue is refused."
@@ -46,7 +46,7 @@ def check_catalogue(catalogue: Table, bands: Iterable[str], # names of the bands
     if catalogue["objid"].dtype.kind not in "iu" or np.ma.is_masked(catalogue["objid"]):
         raise InputError(f"the column 'objid' of {where} must be whole numbers, one for every row.")
 
-# %% ../nbs/00_catalogue.ipynb #e0a1a7b5
+# %% ../nbs/00_catalogue.ipynb #0c150740
 def tidy_catalogue(catalogue: Table, bands: Iterable[str]) -> Table: # with the same columns
     "The same catalogue with the house's types; other columns are shared, not copied."
     tidy = Table(catalogue, copy=False)
@@ -62,24 +62,28 @@ def _as_floats(values) -> np.ndarray:
     if not np.ma.is_masked(values): return np.asarray(values, float)
     return np.ma.filled(np.ma.asarray(values).astype(float), np.nan)
 
-# %% ../nbs/00_catalogue.ipynb #63e23603
+# %% ../nbs/00_catalogue.ipynb #d51d3e46
 def known_names(names: Iterable[str],         # of somebody's columns
                 bands: Iterable[str] = BANDS  # names of the bands
                ) -> dict[str, str]:           # their name -> the house's name
-    "The house's names for those columns that are simply called otherwise."
-    known = [("objID", "objid"), ("specObjID", "objid"), ("z", "z_spec"), ("zErr", "z_err"),
-             ("zWarning", "z_warning")]
+    "The house's names for those columns that are simply called or spelt otherwise."
+    known = [("specObjID", "objid"), ("z", "z_spec"), ("zErr", "z_err"), ("zWarning", "z_warning")]
     for band in bands:
         known += [(f"dered_{band}", f"mag_{band}"), (f"extinction_{band}", f"ext_{band}"),
-                  (f"modelMagErr_{band}", f"magerr_{band}")]
-    if set("ugri") <= set(names): known.remove(("z", "z_spec"))
+                  (f"modelMagErr_{band}", f"magerr_{band}"),
+                  (f"modelMag_{band}", f"modelMag_{band}")]
+    own = [*required_columns(bands), *(ours for _, ours in known)]
+    names = list(names)
+    spelt = {name.lower(): name for name in reversed(names)} | {name: name for name in names}
+    if set("ugri") <= set(spelt): known.remove(("z", "z_spec"))
     renamed = {}
-    for theirs, ours in known:
+    for theirs, ours in [(name, name) for name in own] + known:
+        found = spelt.get(theirs, spelt.get(theirs.lower()))
         taken = ours in names or ours in renamed.values()
-        if theirs in names and not taken: renamed[theirs] = ours
+        if found and not taken: renamed[found] = ours
     return renamed
 
-# %% ../nbs/00_catalogue.ipynb #755206bd
+# %% ../nbs/00_catalogue.ipynb #9280642f
 def _reddening(table: Table, where: str) -> np.ndarray:
     "E(B-V) of every row: from the catalogue, else from the map of Schlegel et al. (1998)."
     for name in ("ebv", "EBV", "E(B-V)"):
@@ -109,7 +113,7 @@ def _deredden(table: Table, bands, where: str):
         table[f"mag_{band}"] = (_above(-99, table[f"modelMag_{band}"])
                                 - _above(-99, table[f"ext_{band}"]))
 
-# %% ../nbs/00_catalogue.ipynb #ca98be80
+# %% ../nbs/00_catalogue.ipynb #cf7d91a4
 def as_table(catalogue,                    # `Table`, record array, DataFrame or dict
              where: str = "the catalogue"  # what to call it in an error
             ) -> Table:                    # whose columns are shared, where that can be
@@ -141,7 +145,7 @@ def house_catalogue(catalogue,                    # `Table`, record array, DataF
     for name, floor in floors.items(): table[name] = _above(floor, _numbers(table, name, where))
     return table, filled
 
-# %% ../nbs/00_catalogue.ipynb #d0f0df8a
+# %% ../nbs/00_catalogue.ipynb #36c3c63f
 def _above(floor, values) -> np.ndarray:
     "`values` as floats, NaN where they are masked or not above `floor`."
     values = _as_floats(values)
@@ -164,7 +168,7 @@ def _whole_numbers(values, where) -> np.ndarray:
     except (ValueError, TypeError, OverflowError) as error: raise InputError(
         f"the column 'objid' of {where} must be whole numbers, one for every row.") from error
 
-# %% ../nbs/00_catalogue.ipynb #83291daa
+# %% ../nbs/00_catalogue.ipynb #f846e2f0
 def matching_rows(catalogue: Table,
                   condition: str,              # such as `z <= 0.4 and dered_petro_r <= 17.8`
                   names: dict|None = None,     # other names that may be used -> the column's name
@@ -194,7 +198,7 @@ def matching_rows(catalogue: Table,
         f"no galaxy of {where} meets the condition {condition!r}; ask for less.")
     return rows
 
-# %% ../nbs/00_catalogue.ipynb #2d270e1a
+# %% ../nbs/00_catalogue.ipynb #5db9e896
 def duplicates(catalogue: Table,   # with `objid`, and `ra` and `dec` where they are known
                radius: float = 1.  # closer than this is the same galaxy, arcsec
               ) -> np.ndarray:     # (N,) number of the galaxy, the same for all its rows
@@ -215,7 +219,7 @@ def duplicates(catalogue: Table,   # with `objid`, and `ra` and `dec` where they
     graph = coo_array((np.ones(len(rows), bool), (rows, others)), shape=(n, n))
     return connected_components(graph, directed=False)[1]
 
-# %% ../nbs/00_catalogue.ipynb #9e640ede
+# %% ../nbs/00_catalogue.ipynb #d2570916
 EXPERIMENT_1 = {"unlabelled": 0.8, "watch": 0.1, "train": 0.07, "valid": 0.01, "test": 0.02}
 
 def _smallest_objid(catalogue: Table) -> np.ndarray: # (N,)

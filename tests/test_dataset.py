@@ -7,10 +7,12 @@ import pandas as pd
 import pytest
 from astropy.table import Table
 
-from astromae.catalogue import EXPERIMENT_1, duplicates, house_catalogue, required_columns, split
+from astromae.catalogue import (EXPERIMENT_1, check_catalogue, duplicates, house_catalogue, known_names,
+                                required_columns, split)
 from astromae.dataset import (SelectedImages, StampSet, StampSource, import_arrays, write_source,
                               write_stamp_set)
 from astromae.errors import InputError
+from astromae.formats import import_stamps
 from astromae.survey import BANDS
 
 DATA = Path(os.environ.get("ASTROMAE_DATA", Path(__file__).parents[1].parent/"shared"/"data"))
@@ -380,6 +382,38 @@ def test_known_and_unknown_columns():
     np.testing.assert_array_equal(ours["z_spec"], [0.1, np.nan, 0.2])
     kept = {"magerr_g", "ext_g", "modelMag_g", "cModelMag_g", "EBV", "z_err", "petroR50_r"}
     assert kept <= set(ours.colnames)
+
+
+@pytest.mark.parametrize("spell", [str.upper, str.title, str.lower])
+def test_columns_however_they_are_spelt(spell):
+    table = {"objID": [5, 6], "ra": [1.0, 2], "dec": [3.0, 4], "z": [0.1, -9999], "zErr": [1e-5, 1], "ebv": [0.1, 0]}
+    for band in BANDS: table |= {f"modelMag_{band}": [18.0, 17], f"modelMagErr_{band}": [0.1, 0.2]}
+    ours, filled = house_catalogue({spell(name): values for name, values in table.items() if name != "ebv"}
+                                   | {"EBV": table["ebv"]}, 2)
+    assert filled == [] and ours["objid"].tolist() == [5, 6] and ours["ra"].tolist() == [1, 2]
+    np.testing.assert_array_equal(ours["z_spec"], [0.1, np.nan])
+    np.testing.assert_allclose(ours["mag_r"], [18 - 0.2751, 17])
+    assert {"magerr_u", "z_err", "modelMag_z"} <= set(ours.colnames)
+    check_catalogue(ours, BANDS)
+    magnitudes = {spell(f"mag_{band}"): [17.0, 18] for band in BANDS}
+    assert house_catalogue(magnitudes, 2)[1] == ["objid", "ra", "dec", "z_spec"]
+
+
+def test_a_name_as_it_should_be_goes_before_its_capitals():
+    assert known_names(["RA", "ra", "DEC"]) == {"DEC": "dec"}
+    assert known_names(["Z", "z"]) == {"z": "z_spec"} and known_names(["Z", "z_spec"]) == {}
+    assert known_names(["OBJID", "objid", "specObjID"]) == {}
+    assert known_names(list("UGRIZ")) == {} and known_names(["U", "G", "R", "I", "Z", "zErr"]) == {"zErr": "z_err"}
+    twice = house_catalogue({"ra": [0.0], "RA": [1.0]}, 1)[0]
+    refused("several columns called 'ra'", check_catalogue, twice, BANDS)
+
+
+def test_an_npz_in_capitals_is_imported(tmp_path):
+    images, table = some(20)
+    columns = {name.upper(): np.asarray(table[name]) for name in table.colnames}
+    np.savez(tmp_path/"a.npz", cube=images.transpose(0, 2, 3, 1), **columns)
+    got = import_stamps(tmp_path/"a.npz", tmp_path/"set")
+    for name in required_columns(): np.testing.assert_array_equal(got.catalogue[name], table[name])
 
 
 def test_extinction_from_the_catalogue_before_reddening():
