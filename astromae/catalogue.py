@@ -6,8 +6,8 @@
 __all__ = ['EXPERIMENT_1', 'required_columns', 'check_catalogue', 'tidy_catalogue', 'known_names', 'as_table', 'house_catalogue',
            'matching_rows', 'duplicates', 'split']
 
-# %% ../nbs/00_catalogue.ipynb #f9cf8dd2
-import difflib
+# %% ../nbs/00_catalogue.ipynb #a32fdb04
+import difflib, re
 from collections import Counter
 from typing import Iterable
 
@@ -22,7 +22,7 @@ from scipy.sparse.csgraph import connected_components
 from .errors import InputError
 from .survey import BANDS, EXTINCTION_PER_EBV
 
-# %% ../nbs/00_catalogue.ipynb #95f61dcd
+# %% ../nbs/00_catalogue.ipynb #839338dd
 def required_columns(bands: Iterable[str] = BANDS # names of the bands
                     ) -> list[str]:               # names of the columns
     "The columns without which a catalogue is refused."
@@ -46,7 +46,7 @@ def check_catalogue(catalogue: Table, bands: Iterable[str], # names of the bands
     if catalogue["objid"].dtype.kind not in "iu" or np.ma.is_masked(catalogue["objid"]):
         raise InputError(f"the column 'objid' of {where} must be whole numbers, one for every row.")
 
-# %% ../nbs/00_catalogue.ipynb #0c150740
+# %% ../nbs/00_catalogue.ipynb #8302dfeb
 def tidy_catalogue(catalogue: Table, bands: Iterable[str]) -> Table: # with the same columns
     "The same catalogue with the house's types; other columns are shared, not copied."
     tidy = Table(catalogue, copy=False)
@@ -62,7 +62,7 @@ def _as_floats(values) -> np.ndarray:
     if not np.ma.is_masked(values): return np.asarray(values, float)
     return np.ma.filled(np.ma.asarray(values).astype(float), np.nan)
 
-# %% ../nbs/00_catalogue.ipynb #d51d3e46
+# %% ../nbs/00_catalogue.ipynb #5aaa4c43
 def known_names(names: Iterable[str],         # of somebody's columns
                 bands: Iterable[str] = BANDS  # names of the bands
                ) -> dict[str, str]:           # their name -> the house's name
@@ -83,7 +83,7 @@ def known_names(names: Iterable[str],         # of somebody's columns
         if found and not taken: renamed[found] = ours
     return renamed
 
-# %% ../nbs/00_catalogue.ipynb #9280642f
+# %% ../nbs/00_catalogue.ipynb #5b2b408e
 def _reddening(table: Table, where: str) -> np.ndarray:
     "E(B-V) of every row: from the catalogue, else from the map of Schlegel et al. (1998)."
     for name in ("ebv", "EBV", "E(B-V)"):
@@ -113,7 +113,7 @@ def _deredden(table: Table, bands, where: str):
         table[f"mag_{band}"] = (_above(-99, table[f"modelMag_{band}"])
                                 - _above(-99, table[f"ext_{band}"]))
 
-# %% ../nbs/00_catalogue.ipynb #cf7d91a4
+# %% ../nbs/00_catalogue.ipynb #a4ef9371
 def as_table(catalogue,                    # `Table`, record array, DataFrame or dict
              where: str = "the catalogue"  # what to call it in an error
             ) -> Table:                    # whose columns are shared, where that can be
@@ -145,7 +145,7 @@ def house_catalogue(catalogue,                    # `Table`, record array, DataF
     for name, floor in floors.items(): table[name] = _above(floor, _numbers(table, name, where))
     return table, filled
 
-# %% ../nbs/00_catalogue.ipynb #36c3c63f
+# %% ../nbs/00_catalogue.ipynb #d18a5f38
 def _above(floor, values) -> np.ndarray:
     "`values` as floats, NaN where they are masked or not above `floor`."
     values = _as_floats(values)
@@ -168,15 +168,19 @@ def _whole_numbers(values, where) -> np.ndarray:
     except (ValueError, TypeError, OverflowError) as error: raise InputError(
         f"the column 'objid' of {where} must be whole numbers, one for every row.") from error
 
-# %% ../nbs/00_catalogue.ipynb #f846e2f0
+# %% ../nbs/00_catalogue.ipynb #1cbccd96
 def matching_rows(catalogue: Table,
-                  condition: str,              # such as `z <= 0.4 and dered_petro_r <= 17.8`
+                  condition: str,              # such as `z_spec <= 0.4 and mag_r < 17.8`
                   names: dict|None = None,     # other names that may be used -> the column's name
                   where: str = "the catalogue" # what to call it in an error
                  ) -> np.ndarray:              # their row numbers, in ascending order
     "The rows that meet a condition; `InputError` if it makes no sense or none does."
     columns = {name: name for name in catalogue.colnames}
     columns |= {theirs: ours for theirs, ours in (names or {}).items() if theirs not in columns}
+    if "z_spec" in columns: columns.setdefault("z", "z_spec")
+    if re.search("(?<![=<>!])=(?!=)", re.sub("'[^']*'|\"[^\"]*\"|`[^`]*`", "", condition)):
+        raise InputError(f"the condition {condition!r} has a single =; use == to compare, as in "
+                         "z_warning == 0, or <= or >=.")
     used = {name: catalogue[column] for name, column in columns.items()
             if name in condition and catalogue[column].ndim == 1}
     frame = Table(used, copy=False)
@@ -184,21 +188,24 @@ def matching_rows(catalogue: Table,
     try: met = frame.to_pandas().eval(condition, local_dict={}, global_dict={})
     except pd.errors.UndefinedVariableError as error:
         unknown = str(error).split("'")[1]
-        close = difflib.get_close_matches(unknown, columns, n=3) or list(columns)[:8]
+        listed = ", ".join(columns)
+        if len(columns) >= 25:
+            close = difflib.get_close_matches(unknown, columns, n=3) or list(columns)[:8]
+            listed = f"{', '.join(close)} and others"
         raise InputError(f"the condition {condition!r} names {unknown!r}, which is no column of "
-                         f"{where}; there are {', '.join(close)} and others.") from error
+                         f"{where}; there are {listed}.") from error
     except Exception as error: raise InputError(
         f"the condition {condition!r} cannot be understood ({' '.join(str(error).split())}); "
-        "write one like z <= 0.4 and mag_r < 17.8.") from error
+        "write one like z_spec <= 0.4 and mag_r < 17.8.") from error
     if not isinstance(met, pd.Series) or met.dtype not in (bool, pd.BooleanDtype()):
         raise InputError(f"the condition {condition!r} is not true or false for every galaxy; "
-                         "compare columns, as in z <= 0.4.")
+                         "compare columns, as in z_spec <= 0.4.")
     rows = np.flatnonzero(met.fillna(False).to_numpy(bool))
     if not len(rows): raise InputError(
         f"no galaxy of {where} meets the condition {condition!r}; ask for less.")
     return rows
 
-# %% ../nbs/00_catalogue.ipynb #5db9e896
+# %% ../nbs/00_catalogue.ipynb #17de1cb8
 def duplicates(catalogue: Table,   # with `objid`, and `ra` and `dec` where they are known
                radius: float = 1.  # closer than this is the same galaxy, arcsec
               ) -> np.ndarray:     # (N,) number of the galaxy, the same for all its rows
@@ -219,7 +226,7 @@ def duplicates(catalogue: Table,   # with `objid`, and `ra` and `dec` where they
     graph = coo_array((np.ones(len(rows), bool), (rows, others)), shape=(n, n))
     return connected_components(graph, directed=False)[1]
 
-# %% ../nbs/00_catalogue.ipynb #d2570916
+# %% ../nbs/00_catalogue.ipynb #720235e8
 EXPERIMENT_1 = {"unlabelled": 0.8, "watch": 0.1, "train": 0.07, "valid": 0.01, "test": 0.02}
 
 def _smallest_objid(catalogue: Table) -> np.ndarray: # (N,)

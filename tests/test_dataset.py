@@ -8,7 +8,7 @@ import pytest
 from astropy.table import Table
 
 from astromae.catalogue import (EXPERIMENT_1, check_catalogue, duplicates, house_catalogue, known_names,
-                                required_columns, split)
+                                matching_rows, required_columns, split)
 from astromae.dataset import (SelectedImages, StampSet, StampSource, import_arrays, write_source,
                               write_stamp_set)
 from astromae.errors import InputError
@@ -524,6 +524,32 @@ def test_sources_that_do_not_fit_leave_nothing(tmp_path, stamps, change, message
     refused(message, write_source, source(**change)[0], stamps.folder, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
     assert len(StampSet.open(stamps.folder).verify()) == 20
+
+
+@pytest.mark.parametrize("condition, rows", [
+    ("z <= 0.4", [0]), ("z_spec <= 0.4", [0]), ("z > 0.4", [2]), ("not (z_spec <= 0.4)", [1, 2]),
+    ("~(z <= 0.4)", [1, 2]), ("not (z_spec <= 0.4) and z == z", [2]), ("z_spec != z_spec", [1]),
+    ("kind == 'a=b'", [0, 1]), ('kind != "a=b"', [2]), ("`E(B=V)` >= 0.2", [1, 2]), ("z>=0.1 and z<=0.3", [0])])
+def test_conditions(condition, rows):
+    table = Table({"z_spec": [0.2, np.nan, 0.5], "kind": ["a=b", "a=b", "c"], "E(B=V)": [0.1, 0.2, 0.3]})
+    assert matching_rows(table, condition).tolist() == rows
+
+
+def test_a_column_z_is_that_column():
+    table = Table({"z_spec": [0.2, 0.3], "z": [17.0, 18.0]})
+    assert matching_rows(table, "z > 17.5").tolist() == [1]
+    refused("names 'z', which", matching_rows, Table({"mag_z": [1.0]}), "z < 3")
+    assert matching_rows(Table({"z_spec": [0.2, 0.3], "zz": [5, 6]}), "z > 5", {"z": "zz"}).tolist() == [1]
+
+
+def test_advice_on_conditions():
+    few, many = (Table({f"column_{k}": [k] for k in range(n)}) for n in (24, 25))
+    for condition in ("column_0 = 0", "column_0=0", "column_0 =< 3", "column_1 == 1 and column_2 = 2"):
+        refused("use == to compare", matching_rows, few, condition)
+    refused(f"there are {', '.join(few.colnames)}.", matching_rows, few, "colum_7 > 1")
+    refused("there are column_7, column_", matching_rows, many, "colum_7 > 1")
+    refused("column_7 and others.", matching_rows, many, "xyz > 1")
+    for condition in ("column_0 <", "column_0*2"): refused("z_spec <= 0.4", matching_rows, few, condition)
 
 
 @pytest.mark.parametrize("settings, message", [
