@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['detect', 'detect_fields']
 
-# %% ../nbs/01_galaxies.ipynb #b6bd1d0b
+# %% ../nbs/01_galaxies.ipynb #60fa59ba
 from collections.abc import Iterable
 
 import numpy as np
@@ -20,7 +20,7 @@ from .frames import (Field, find_fields, find_sources, read_field,
 from .survey import (BANDS, GAIN, PIXEL_SCALE, PSF_FWHM, asinh_mag_error,
                              flux_to_asinh_mag)
 
-# %% ../nbs/01_galaxies.ipynb #33cd704d
+# %% ../nbs/01_galaxies.ipynb #a1a73d68
 def _point_source_size(size, signal, good) -> float: # pixels
     "Half-light radius of the field's point sources: the densest narrow range of sizes."
     bright = np.sort(size[good & (signal > 50)])
@@ -49,7 +49,7 @@ def _photometry(field: Field, sources, flat, noise) -> dict:
         error[k] = np.sqrt(variance + np.abs(flux[k])/gain)
     return dict(flux=flux, error=error, radius=radius*a, sky=sky)
 
-# %% ../nbs/01_galaxies.ipynb #5137e23c
+# %% ../nbs/01_galaxies.ipynb #12399f4a
 def detect(field: Field,            # frames, from `read_field`
            threshold: float = 1.5,  # in standard deviations of the sky, per pixel
            star_margin: float = 0.12# a star is at most this much larger than a point source
@@ -77,7 +77,7 @@ def detect(field: Field,            # frames, from `read_field`
     table.meta["PSF_R50"] = point*PIXEL_SCALE
     return table
 
-# %% ../nbs/01_galaxies.ipynb #9f3e8fb7
+# %% ../nbs/01_galaxies.ipynb #4afead3e
 def _house_columns(field: Field, sources, found) -> Table:
     "Identity, position, magnitudes, shape; the position angle is east of north."
     place = dict(run=field.run, camcol=field.camcol, field=field.field)
@@ -100,7 +100,7 @@ def _house_columns(field: Field, sources, found) -> Table:
     table["axis_ratio"] = sources["b"]/sources["a"]
     return table
 
-# %% ../nbs/01_galaxies.ipynb #b39f165f
+# %% ../nbs/01_galaxies.ipynb #f42cc83a
 def detect_fields(folder,                     # holds the frames
                   bands: Iterable[str] = BANDS,
                   faintest: float = 20.,      # magnitude in the reference band
