@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['cut_stamp_set']
 
-# %% ../nbs/07_cutouts.ipynb #16908e27
+# %% ../nbs/07_cutouts.ipynb #a5c554a5
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 from astropy.table import Table
 
 from .catalogue import as_table, house_catalogue
@@ -17,10 +16,10 @@ from .dataset import StampSet, check_destination, write_stamp_set
 from .errors import InputError
 from .galaxies import detect_fields
 from .sources import read_catalogue
-from .stamps import cut_fields
+from .stamps import cut_fields, look_like_radians
 from .survey import BANDS
 
-# %% ../nbs/07_cutouts.ipynb #22d403c8
+# %% ../nbs/07_cutouts.ipynb #643d668d
 def _refuse_all_empty(chunks,       # pairs of images and `Table`
                       table: Table, # the catalogue
                       where: str):  # what to call it in an error
@@ -29,12 +28,12 @@ def _refuse_all_empty(chunks,       # pairs of images and `Table`
     for images, rows in chunks:
         found = found or bool(images.any())
         yield images, rows
-    small = (np.abs(table["ra"]) <= 2*np.pi).all() and (np.abs(table["dec"]) <= np.pi/2).all()
     if not found: raise InputError(
         f"none of the {len(table)} positions of {where} lies on the frames of the field named "
-        f"beside it; {'they look like radians; give degrees' if small else 'check them'}.")
+        "beside it; " + ("they look like radians; give degrees."
+                         if look_like_radians(table["ra"], table["dec"]) else "check them."))
 
-# %% ../nbs/07_cutouts.ipynb #2095fed8
+# %% ../nbs/07_cutouts.ipynb #0d8e82d5
 def cut_stamp_set(frames,                       # folder with the frames
                   folder,                       # where the stamp set is to be
                   catalogue=None,               # `Table` or file with ra, dec; None: detect them

@@ -6,7 +6,7 @@
 __all__ = ['SATURATION_COUNTS', 'SATURATION_MARGIN', 'Field', 'gaussian_wcs', 'gaussian', 'gaussian_field', 'bend', 'survey_bend',
            'read_field', 'without_background', 'find_sources', 'register', 'field_sources', 'find_fields']
 
-# %% ../nbs/01_frames.ipynb #d8448b95
+# %% ../nbs/01_frames.ipynb #b360599c
 import bz2, io, re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ from scipy.optimize import least_squares
 from .errors import InputError
 from .survey import BANDS, PIXEL_SCALE, PSF_FWHM, find_frame
 
-# %% ../nbs/01_frames.ipynb #3dae8adb
+# %% ../nbs/01_frames.ipynb #62ac22b9
 @dataclass
 class Field:
     "The frames of one field: pixels, where they lie on the sky, and what is wrong with them."
@@ -56,7 +56,7 @@ class Field:
         with np.errstate(invalid="ignore"):
             return (x > -0.5) & (x < width - 0.5) & (y > -0.5) & (y < height - 0.5)
 
-# %% ../nbs/01_frames.ipynb #ad82ec6a
+# %% ../nbs/01_frames.ipynb #226920c9
 def gaussian_wcs(angle, shift, shape, ra=150., dec=20.):
     "A gnomonic WCS of SDSS's scale, turned by `angle` degrees and shifted by `shift` pixels."
     wcs, (sine, cosine) = WCS(naxis=2), (np.sin(np.radians(angle)), np.cos(np.radians(angle)))
@@ -77,7 +77,7 @@ def gaussian_field(ra, dec, flux=100., sigma=2.5, angle=30., shape=(300, 400), c
                   for a, d in zip(np.atleast_1d(ra), np.atleast_1d(dec))) for w in wcs]
     return Field(np.float32(images), wcs)
 
-# %% ../nbs/01_frames.ipynb #b7c134f2
+# %% ../nbs/01_frames.ipynb #69fb954c
 def _open_frame(path: Path) -> fits.HDUList:
     "The whole frame in memory, unpacked; one sentence if it cannot be read."
     try:
@@ -102,7 +102,7 @@ def _check_identity(hdus: fits.HDUList, path: Path, band: str, run, camcol, fiel
             f"the frame {path} is of {key} {said[key]} and not {value} as its name says; "
             "fetch it again.")
 
-# %% ../nbs/01_frames.ipynb #6a16f8e3
+# %% ../nbs/01_frames.ipynb #a85b4169
 _WCS_CARD = re.compile(r"(NAXIS|CTYPE|CRPIX|CRVAL|CUNIT|CDELT)\d?$|(CD|PC)\d_\d$")
 
 def _frame_wcs(header, path: Path) -> WCS:
@@ -122,7 +122,7 @@ def _frame_wcs(header, path: Path) -> WCS:
         f"and not {PIXEL_SCALE}; fetch the frame again.")
     return wcs
 
-# %% ../nbs/01_frames.ipynb #0643e903
+# %% ../nbs/01_frames.ipynb #29145efe
 def _survey_position(row, # one row of asTrans
                      x,   # column, 0 at the centre of the first pixel
                      y):  # row, likewise
@@ -137,7 +137,7 @@ def _survey_position(row, # one row of asTrans
     ra = np.degrees(np.arctan2(east, np.cos(mu)*np.cos(nu))) + row["NODE"]
     return ra % 360, np.degrees(np.arcsin(north))
 
-# %% ../nbs/01_frames.ipynb #4ea88931
+# %% ../nbs/01_frames.ipynb #c5c05115
 def bend(wcs: WCS,        # of a frame
          dx: np.ndarray,  # (4, 4) coefficients of u^i v^j: pixels to add to the column
          dy: np.ndarray   # (4, 4) to the row; u and v count from the reference pixel
@@ -166,11 +166,11 @@ def survey_bend(row,                 # of asTrans
         for (i, j), value in zip(terms, fit): coefficients[axis, i, j] = value/1e3**(i + j)
     return coefficients
 
-# %% ../nbs/01_frames.ipynb #fe472835
+# %% ../nbs/01_frames.ipynb #d9cc5011
 SATURATION_COUNTS = dict(zip(BANDS, (61289, 49812, 52900, 27653, 63128)))  # run 3900, column 6
 SATURATION_MARGIN = 0.7   # flag from this fraction of them
 
-# %% ../nbs/01_frames.ipynb #63e662f3
+# %% ../nbs/01_frames.ipynb #b323a65b
 def _saturated(image: np.ndarray,  # (H, W) nanomaggies per pixel
                level: float,       # nanomaggies per pixel at which it is full
                band: str) -> np.ndarray: # (H, W) bool
@@ -188,7 +188,7 @@ def _saturated(image: np.ndarray,  # (H, W) nanomaggies per pixel
                      np.zeros(len(full)), r=1.)
     return mask
 
-# %% ../nbs/01_frames.ipynb #694d7f75
+# %% ../nbs/01_frames.ipynb #bf41097d
 def _read_band(folder, band, place, astrometry):
     "Pixels, WCS, bend and saturation of one band; None where there is no frame."
     if (path := find_frame(folder, band, *place)) is None: return None
@@ -208,7 +208,7 @@ def _read_band(folder, band, place, astrometry):
     saturated = _saturated(image, level, band) if np.isfinite(level) else np.zeros_like(bad)
     return image, bad, saturated, wcs, bent
 
-# %% ../nbs/01_frames.ipynb #1906f50a
+# %% ../nbs/01_frames.ipynb #90c28efc
 def read_field(folder,                      # holds the frames, flat or as the archive's tree
                run: int, camcol: int, field: int, # SDSS's numbers of the field
                bands: Iterable[str] = BANDS,# whichever are wanted
@@ -237,7 +237,7 @@ def read_field(folder,                      # holds the frames, flat or as the a
     if astrometry == "survey" or registered: _bend_all(found, read, astrometry, registered)
     return register(found) if registered else found
 
-# %% ../nbs/01_frames.ipynb #613c2426
+# %% ../nbs/01_frames.ipynb #a148ff48
 def _check_together(field: Field, folder):
     "Refuse frames that show different parts of the sky."
     height, width = field.images.shape[1:]
@@ -256,7 +256,7 @@ def _bend_all(field: Field, read, astrometry, registered):
         if frame is not None and (registered or astrometry == "survey"):
             field.wcs[k] = bend(frame[3], *(frame[4] - common))
 
-# %% ../nbs/01_frames.ipynb #d681c028
+# %% ../nbs/01_frames.ipynb #39d0422a
 def without_background(image: np.ndarray,          # (H, W) float32
                        bad: np.ndarray|None = None # (H, W) bool
                       ) -> tuple[np.ndarray, float]: # the image less its background, and its noise
@@ -267,14 +267,13 @@ def without_background(image: np.ndarray,          # (H, W) float32
 def find_sources(image: np.ndarray,          # (H, W) float32
                  bad: np.ndarray|None = None,# (H, W) bool
                  threshold: float = 1.5      # in standard deviations of the background
-                ) -> tuple[np.ndarray, np.ndarray, float]: # sources, image less background, noise
+                ) -> np.ndarray:             # one record a source
     "Sources of an image, by sep (Barbary 2016; Bertin & Arnouts 1996)."
     flat, noise = without_background(image, bad)
     for harder in (1, 3, 10, 100):  # sep gives up when a crowded frame fills its buffers
-        try: return (sep.extract(flat, harder*threshold, err=noise, mask=bad,
-                                 deblend_cont=0.005), flat, noise)
+        try: return sep.extract(flat, harder*threshold, err=noise, mask=bad, deblend_cont=0.005)
         except Exception: continue
-    return np.zeros(0, dtype=[(name, float) for name in ("x", "y", "flux", "flag")]), flat, noise
+    return np.zeros(0, dtype=[(name, float) for name in ("x", "y", "flux", "flag")])
 
 def _centroids(field: Field, k: int, x, y, signal=40): # pixels of the band; signal-to-noise
     "Windowed centroids in one band, and which are good enough to register with."
@@ -287,7 +286,7 @@ def _centroids(field: Field, k: int, x, y, signal=40): # pixels of the band; sig
     good = (flag == 0) & (found > signal) & ~field.saturated[k][row, column]
     return new_x, new_y, good & (np.hypot(new_x - x, new_y - y) < 1)
 
-# %% ../nbs/01_frames.ipynb #b61a2bca
+# %% ../nbs/01_frames.ipynb #aeeef7e4
 def _drift(rows, offsets, height) -> tuple: # coefficients in v = rows, or none
     "Robust polynomial of the offsets along the scan, by the number of sources."
     order = 4 if len(rows) >= 40 else 1 if len(rows) >= 8 else 0
@@ -318,15 +317,17 @@ def register(field: Field) -> Field: # the same, with new `wcs` and `registratio
         field.wcs[k], field.registration[field.bands[k]] = bend(wcs, *coefficients), int(good.sum())
     return field
 
-# %% ../nbs/01_frames.ipynb #36a6820f
-def field_sources(field: Field) -> np.ndarray:
+# %% ../nbs/01_frames.ipynb #ce201e0c
+def field_sources(field: Field,
+                  threshold: float = 1.5 # in standard deviations of the background
+                 ) -> np.ndarray:        # as `find_sources` gives them; not to be changed
     "Sources of the reference band, found once."
-    if not hasattr(field, "_sources"):
-        k = field.reference
-        field._sources = find_sources(field.images[k], field.bad[k])[0]
-    return field._sources
+    found, k = field.__dict__.setdefault("_sources", {}), field.reference
+    if threshold not in found:
+        found[threshold] = find_sources(field.images[k], field.bad[k], threshold)
+    return found[threshold]
 
-# %% ../nbs/01_frames.ipynb #bd30381f
+# %% ../nbs/01_frames.ipynb #7fa11096
 _FRAME = re.compile(r"frame-([ugriz])-(\d{6})-(\d)-(\d{4})\.fits(\.bz2)?$")
 
 def find_fields(folder,                     # holds frames, flat or as the archive's tree

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['detect', 'detect_fields']
 
-# %% ../nbs/01_galaxies.ipynb #60fa59ba
+# %% ../nbs/01_galaxies.ipynb #025eb4e3
 from collections.abc import Iterable
 
 import numpy as np
@@ -15,12 +15,12 @@ from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
 from .errors import InputError
-from .frames import (Field, find_fields, find_sources, read_field,
+from .frames import (Field, field_sources, find_fields, read_field,
                              without_background)
 from .survey import (BANDS, GAIN, PIXEL_SCALE, PSF_FWHM, asinh_mag_error,
                              flux_to_asinh_mag)
 
-# %% ../nbs/01_galaxies.ipynb #a1a73d68
+# %% ../nbs/01_galaxies.ipynb #4a93b8f0
 def _point_source_size(size, signal, good) -> float: # pixels
     "Half-light radius of the field's point sources: the densest narrow range of sizes."
     bright = np.sort(size[good & (signal > 50)])
@@ -49,14 +49,15 @@ def _photometry(field: Field, sources, flat, noise) -> dict:
         error[k] = np.sqrt(variance + np.abs(flux[k])/gain)
     return dict(flux=flux, error=error, radius=radius*a, sky=sky)
 
-# %% ../nbs/01_galaxies.ipynb #12399f4a
+# %% ../nbs/01_galaxies.ipynb #782b3fea
 def detect(field: Field,            # frames, from `read_field`
            threshold: float = 1.5,  # in standard deviations of the sky, per pixel
            star_margin: float = 0.12# a star is at most this much larger than a point source
           ) -> Table:               # one row a source: the house's columns, size, shape, is_star
     "Sources of the reference band: where, how bright, how large, of what shape, star or galaxy."
     k = field.reference
-    sources, flat, noise = find_sources(field.images[k], field.bad[k], threshold)
+    sources = field_sources(field, threshold)
+    flat, noise = without_background(field.images[k], field.bad[k])
     sources = sources[np.isfinite(sources["x"]) & (sources["b"] > 0)] if len(sources) else sources
     if len(sources) == 0: return Table(names=["objid", "ra", "dec"], dtype=[np.int64, float, float])
     sources["theta"] = np.clip(sources["theta"], -np.pi/2 + 1e-6, np.pi/2 - 1e-6)
@@ -77,7 +78,7 @@ def detect(field: Field,            # frames, from `read_field`
     table.meta["PSF_R50"] = point*PIXEL_SCALE
     return table
 
-# %% ../nbs/01_galaxies.ipynb #4afead3e
+# %% ../nbs/01_galaxies.ipynb #040c24fb
 def _house_columns(field: Field, sources, found) -> Table:
     "Identity, position, magnitudes, shape; the position angle is east of north."
     place = dict(run=field.run, camcol=field.camcol, field=field.field)
@@ -100,7 +101,7 @@ def _house_columns(field: Field, sources, found) -> Table:
     table["axis_ratio"] = sources["b"]/sources["a"]
     return table
 
-# %% ../nbs/01_galaxies.ipynb #f42cc83a
+# %% ../nbs/01_galaxies.ipynb #31533a89
 def detect_fields(folder,                     # holds the frames
                   bands: Iterable[str] = BANDS,
                   faintest: float = 20.,      # magnitude in the reference band
