@@ -8,19 +8,18 @@ __all__ = ['app', 'Device', 'Seed', 'Preset', 'ExperimentName', 'Epochs', 'Batch
            'export_verb', 'pretrain_verb', 'finetune_verb', 'experiment_verb', 'report_verb', 'predict_verb',
            'demo_verb', 'bench_verb', 'main']
 
-# %% ../nbs/90_cli.ipynb #2371d721
+# %% ../nbs/90_cli.ipynb #707b13d3
 import sys, warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Optional
 
-import numpy as np
 import typer
 
 from .errors import InputError
 
-# %% ../nbs/90_cli.ipynb #a63db0ba
+# %% ../nbs/90_cli.ipynb #b6bf9c95
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   rich_markup_mode=None,
                   help="Photometric redshifts of galaxies from images, by masked autoencoding.")
@@ -42,7 +41,7 @@ Server = Annotated[Optional[str], typer.Option(help="address; default: astroquer
 Release = Annotated[Optional[int], typer.Option(help="data release; default: astroquery's")]
 InMemory = Annotated[bool, typer.Option(help="keep the stamps in memory, on the device")]
 
-# %% ../nbs/90_cli.ipynb #063b1dae
+# %% ../nbs/90_cli.ipynb #6ec22161
 def _preset(presets: dict, name: str, **overrides):
     "The settings of a preset, with the options that were given."
     if name not in presets:
@@ -59,6 +58,7 @@ def _open(folder: Path, where: str|None):
 
 def _held(stamps) -> str:
     "What a new stamp set holds, and where it is."
+    import numpy as np
     held = repr(stamps).removeprefix("StampSet(").removesuffix(")")
     if "flag_any" in stamps.catalogue.colnames:
         held += f", {stamps.catalogue['flag_any'].sum():,} flagged"
@@ -67,6 +67,7 @@ def _held(stamps) -> str:
                          f"mag_{stamps.bands[-1]} to the catalogue: redshifts need them)")
     return f"{held}: {stamps.folder}"
 
+# %% ../nbs/90_cli.ipynb #b3c11298
 def _bands(text: str) -> list:
     "Names of bands from `ugriz` or `u,g,r,i,z`."
     names = [name.strip() for name in text.split(",")] if "," in text else list(text)
@@ -88,7 +89,7 @@ def _warnings_as_sentences():
         warnings.showwarning = lambda message, *_: print(f"astromae: {message}", file=sys.stderr)
         yield
 
-# %% ../nbs/90_cli.ipynb #aa4cdd6a
+# %% ../nbs/90_cli.ipynb #af9f08af
 @app.command("simulate")
 def simulate_verb(
     out: Annotated[Path, typer.Argument(help="folder of the new stamp set")],
@@ -99,7 +100,7 @@ def simulate_verb(
     if out.exists(): raise InputError(f"{out} exists; choose another folder or remove it.")
     print(f"{len(render_stamps(out, galaxies, seed, progress=True))} stamps are in {out}")
 
-# %% ../nbs/90_cli.ipynb #d2595c0a
+# %% ../nbs/90_cli.ipynb #43fea370
 @app.command("query")
 def query_verb(
     out: Annotated[Path, typer.Argument(help="FITS file of the new catalogue")],
@@ -137,7 +138,7 @@ def fetch_verb(
     if not summary.complete: raise InputError(
         f"{len(summary.failed)} frames are missing in {frames}; run the same command again.")
 
-# %% ../nbs/90_cli.ipynb #fd59305f
+# %% ../nbs/90_cli.ipynb #22a3b6c4
 @app.command("cut")
 def cut_verb(
     frames: Annotated[Path, typer.Argument(help="folder of frames")],
@@ -161,7 +162,7 @@ def cut_verb(
     if catalogue is None:
         print("the dust of our galaxy is still in the magnitudes of galaxies that were found here")
 
-# %% ../nbs/90_cli.ipynb #7eeefe7d
+# %% ../nbs/90_cli.ipynb #731b0da2
 @app.command("import")
 def import_verb(
     source: Annotated[Path, typer.Argument(
@@ -202,7 +203,7 @@ def export_verb(
     exporters[out.suffix.lower()](_open(stamps, where), out, overwrite=overwrite, progress=True)
     print(f"the stamps are in {out}")
 
-# %% ../nbs/90_cli.ipynb #13f4bad8
+# %% ../nbs/90_cli.ipynb #80f637a7
 @app.command("pretrain")
 def pretrain_verb(
     stamps: Annotated[Path, typer.Argument(help="folder of a stamp set")],
@@ -231,7 +232,7 @@ def pretrain_verb(
                        in_memory)
     print(f"the autoencoder is in {trained.folder/'model'}, its losses in {out/'history.csv'}")
 
-# %% ../nbs/90_cli.ipynb #cb1cd3f0
+# %% ../nbs/90_cli.ipynb #33a74d8d
 @app.command("finetune")
 def finetune_verb(
     stamps: Annotated[Path, typer.Argument(help="folder of a stamp set")],
@@ -254,7 +255,7 @@ def finetune_verb(
                                 pretrained, device, in_memory)
     if scores: print(scores) # the first process has them
 
-# %% ../nbs/90_cli.ipynb #81148687
+# %% ../nbs/90_cli.ipynb #3eb3032c
 @app.command("experiment")
 def experiment_verb(
     name: Annotated[str, typer.Argument(
@@ -283,7 +284,7 @@ def report_verb(
     from astromae.report import report
     print(f"the page is {report(run)}")
 
-# %% ../nbs/90_cli.ipynb #968e7009
+# %% ../nbs/90_cli.ipynb #26ef92f9
 @app.command("predict")
 def predict_verb(
     model: Annotated[Path, typer.Argument(help="folder of a saved model")],
@@ -301,7 +302,7 @@ def predict_verb(
     write_predictions(predict(model, stamps, views=views, device=device, progress=True), out)
     print(f"the redshifts are in {out}")
 
-# %% ../nbs/90_cli.ipynb #88fa6041
+# %% ../nbs/90_cli.ipynb #62526225
 @app.command("demo")
 def demo_verb(
     out: Annotated[Path, typer.Argument(help="folder for everything that is made")] = Path("demo"),
@@ -319,7 +320,7 @@ def bench_verb(
     from astromae.benchmarks import run_benchmarks
     run_benchmarks(out, accuracy)
 
-# %% ../nbs/90_cli.ipynb #3b9eac77
+# %% ../nbs/90_cli.ipynb #547411f9
 def main():
     "The entry point of the command `astromae`."
     try: return app()

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DEMO', 'ACCURACY', 'MAGNITUDE_METHODS', 'CLOSING', 'Comparison', 'render_stamps', 'folder_name', 'finetune_networks',
            'train_networks', 'predict_from_magnitudes', 'prediction_columns', 'predict_test_part', 'score',
-           'write_scores', 'format_scores', 'compare_two', 'verdict', 'save_figure', 'draw_reconstructions',
-           'draw_losses', 'draw_rates', 'draw_figures', 'compare', 'finetune_and_score', 'run_demo']
+           'format_scores', 'judgement', 'compare_two', 'verdict', 'save_figure', 'draw_reconstructions', 'draw_losses',
+           'draw_rates', 'draw_figures', 'compare', 'finetune_and_score', 'run_demo']
 
-# %% ../nbs/50_comparison.ipynb #ef9edbf0
+# %% ../nbs/50_comparison.ipynb #78e37a59
 import math
 import re
 from collections.abc import Iterable
@@ -40,7 +40,7 @@ from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
                                PretrainSettings, Trained, claim_run, finetune, pretrain,
                                schedule_of)
 
-# %% ../nbs/50_comparison.ipynb #ac8e8ff7
+# %% ../nbs/50_comparison.ipynb #deb162ab
 @dataclass(frozen=True)
 class Comparison:
     "What is rendered, trained and compared."
@@ -55,7 +55,7 @@ class Comparison:
 
 DEMO = Comparison()
 
-# %% ../nbs/50_comparison.ipynb #c0f3d1f5
+# %% ../nbs/50_comparison.ipynb #637a18f3
 ACCURACY = Comparison(
     experiment="accuracy", networks=("pcm-AstroMAE", "Henghes et al."), views=8,
     autoencoder=MAEConfig(encoder="pcm", depth=4, decoder_depth=2),
@@ -64,7 +64,7 @@ ACCURACY = Comparison(
     finetuning=replace(FINETUNE_PRESETS["demo"], epochs=60, cycle=60, rate=1e-3, batch_size=32,
                        checkpoint_every=4))
 
-# %% ../nbs/50_comparison.ipynb #d58840b7
+# %% ../nbs/50_comparison.ipynb #aebc9922
 def render_stamps(folder: Path, galaxies: int, seed: int, progress: bool) -> StampSet:
     "The packaged galaxies as a stamp set, rendered unless the folder has them already."
     if folder.exists(): return StampSet.open(folder)
@@ -76,7 +76,7 @@ def render_stamps(folder: Path, galaxies: int, seed: int, progress: bool) -> Sta
     return write_stamp_set(folder, chunks, len(catalogue), dtype="float16",
                            origin="SDSS redshifts and colours are real, the pixels simulated")
 
-# %% ../nbs/50_comparison.ipynb #39d95088
+# %% ../nbs/50_comparison.ipynb #5ae37878
 def folder_name(name: str) -> str: # letters, digits and hyphens
     "The name of a network as the name of a folder."
     return re.sub(r"[^\w-]+", "-", name).strip("-")
@@ -111,7 +111,7 @@ def train_networks(folder: Path,        # of the comparison
                                           replace(settings.finetuning, seed=settings.seed),
                                           autoencoders, device, progress)
 
-# %% ../nbs/50_comparison.ipynb #0adbbbaf
+# %% ../nbs/50_comparison.ipynb #3c8f0ee8
 MAGNITUDE_METHODS = (*BASELINES, "template fit")
 
 def predict_from_magnitudes(name: str,          # of `MAGNITUDE_METHODS`
@@ -129,7 +129,7 @@ def predict_from_magnitudes(name: str,          # of `MAGNITUDE_METHODS`
     errors = np.stack([np.asarray(stamps.catalogue[column]) for column in columns], axis=1)
     return template_fit(*known, errors[train], errors[test], seed=seed)
 
-# %% ../nbs/50_comparison.ipynb #e4af23f4
+# %% ../nbs/50_comparison.ipynb #cf7cdd72
 def prediction_columns(stamps: StampSet,
                        rows: dict,          # from `split_rows`
                        networks: dict,      # name -> trained network
@@ -162,16 +162,12 @@ def predict_test_part(file: Path,       # the table; what it has not yet is adde
         write_predictions(table, file)
     return table
 
-# %% ../nbs/50_comparison.ipynb #6896fad4
+# %% ../nbs/50_comparison.ipynb #f87f2904
 def score(table: Table, names: Iterable) -> list: # one dictionary per name
     "Every metric of every column of predictions, with bootstrap errors."
     z_spec = np.asarray(table["z_spec"], dtype=float)
     return [{"name": name, **evaluate(np.asarray(table[name], dtype=float), z_spec)}
             for name in names]
-
-def write_scores(scores: list, file: Path):
-    "Write the scores as a JSON list."
-    write_json(file, scores)
 
 def format_scores(scores: list) -> str:
     "The scores as a table in plain text."
@@ -182,14 +178,19 @@ def format_scores(scores: list) -> str:
         lines.append(f"{row['name']:22}{row['n']:>6}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 
-# %% ../nbs/50_comparison.ipynb #1f9734b2
+# %% ../nbs/50_comparison.ipynb #edd9cedf
+def judgement(low: float, high: float # ends of the interval of a ratio of scatters
+             ) -> str:
+    "Is the first of two ahead?"
+    return ("ahead" if high < 1 else "behind" if low > 1
+            else "neither ahead nor behind, within the errors")
+
 def compare_two(table: Table, a: str, b: str) -> str:
     "One sentence on the sigma_mad of two columns of predictions."
     ratio = paired_bootstrap(table[a], table[b], table["z_spec"], "sigma_mad", how="ratio")
-    judgement = ("ahead" if ratio["high"] < 1 else "behind" if ratio["low"] > 1
-                 else "neither ahead nor behind, within the errors")
     return (f"{a} has {ratio['ratio']:.2f} times the sigma_mad of {b} "
-            f"(95%: {ratio['low']:.2f} to {ratio['high']:.2f}): {judgement}.")
+            f"(95%: {ratio['low']:.2f} to {ratio['high']:.2f}): "
+            f"{judgement(ratio['low'], ratio['high'])}.")
 
 def verdict(table: Table, networks: tuple) -> str:
     "The first network against the best method on magnitudes, and against the second network."
@@ -197,7 +198,7 @@ def verdict(table: Table, networks: tuple) -> str:
     mark = min(MAGNITUDE_METHODS, key=lambda name: sigma_mad(np.asarray(table[name]), z_spec))
     return "\n".join(compare_two(table, networks[0], name) for name in (mark, *networks[1:2]))
 
-# %% ../nbs/50_comparison.ipynb #107b76a3
+# %% ../nbs/50_comparison.ipynb #df48f886
 def save_figure(figure: plt.Figure, file: Path):
     "Write a figure as PNG and close it."
     with write_aside(file) as new: figure.savefig(new, format="png", dpi=130, bbox_inches="tight")
@@ -222,7 +223,7 @@ def draw_reconstructions(autoencoder: Trained, stamps: StampSet, rows: np.ndarra
         restored = preprocessing.images.inverse(reconstruct(model, seen, noise))
     return plot_reconstructions(images, mask, restored, n=n, bands=bands)
 
-# %% ../nbs/50_comparison.ipynb #28eedac5
+# %% ../nbs/50_comparison.ipynb #5b7406a8
 def draw_losses(runs: dict) -> plt.Figure: # name -> `Trained`
     "The losses of every run, two panels in a row."
     figure, axes = plt.subplots(math.ceil(len(runs)/2), 2, figsize=(9, 2.8*math.ceil(len(runs)/2)))
@@ -240,7 +241,7 @@ def draw_rates(settings: Comparison) -> plt.Figure:
     figure.tight_layout()
     return figure
 
-# %% ../nbs/50_comparison.ipynb #f86c60f3
+# %% ../nbs/50_comparison.ipynb #d2802246
 def draw_figures(folder: Path, stamps: StampSet, rows: dict, settings: Comparison,
                  autoencoder: Trained, networks: dict, predictions: Table):
     "Write every figure of a comparison into its folder."
@@ -255,7 +256,7 @@ def draw_figures(folder: Path, stamps: StampSet, rows: dict, settings: Compariso
     figures["losses"] = draw_losses({"pretraining": autoencoder, **networks})
     for name, figure in figures.items(): save_figure(figure, folder/f"{name}.png")
 
-# %% ../nbs/50_comparison.ipynb #52cadd45
+# %% ../nbs/50_comparison.ipynb #87eb0ef2
 def compare(folder,                        # everything is written here; goes on where it stopped
             settings: Comparison = DEMO,
             stamps=None,                   # folder of a stamp set; None: rendered in it
@@ -272,13 +273,13 @@ def compare(folder,                        # everything is written here; goes on
                                  progress)
     predictions = predict_test_part(folder/"predictions.fits", stamps, rows["test"], columns)
     scores = score(predictions, [*networks, *MAGNITUDE_METHODS])
-    write_scores(scores, folder/"metrics.json")
+    write_json(folder/"metrics.json", scores)
     draw_figures(folder, stamps, rows, settings, autoencoder, networks, predictions)
     best = networks[settings.networks[0]]
     if not (folder/"model").exists(): save_model(folder/"model", best.model, best.preprocessing)
     return scores
 
-# %% ../nbs/50_comparison.ipynb #7bbf80f1
+# %% ../nbs/50_comparison.ipynb #215df92e
 def finetune_and_score(stamps: StampSet, folder, network: str, settings: FinetuneSettings,
                        experiment: str, pretrained=None, device: str|None = None,
                        in_memory: bool = False) -> str|None:
@@ -292,12 +293,12 @@ def finetune_and_score(stamps: StampSet, folder, network: str, settings: Finetun
     table = predict(trained, stamps, rows=rows["test"], device=device)
     scores = score(table, ["z_phot"])
     write_predictions(table, folder/"predictions.fits")
-    write_scores(scores, folder/"metrics.json")
+    write_json(folder/"metrics.json", scores)
     figure = density_scatter(table["z_spec"], table["z_phot"], network).figure
     save_figure(figure, folder/"scatter.png")
     return f"{format_scores(scores)}\nThe model, its predictions and its figure are in {folder}"
 
-# %% ../nbs/50_comparison.ipynb #c561b32b
+# %% ../nbs/50_comparison.ipynb #9d75e1bc
 CLOSING = """
 redshifts and colours are real SDSS, the pixels are simulated
 

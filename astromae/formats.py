@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['read_hdf5', 'read_fits', 'read_pt', 'open_source', 'import_stamps', 'export_hdf5', 'export_fits']
 
-# %% ../nbs/06_formats.ipynb #5eab2dd7
-import io, math, re, zipfile
+# %% ../nbs/06_formats.ipynb #c3e090a0
+import math, re, zipfile
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -20,13 +20,13 @@ from astropy.wcs.utils import proj_plane_pixel_scales
 from fastcore.meta import delegates
 from tqdm import tqdm
 
-from .dataset import StampSet, StampSource, write_source
+from .dataset import StampSet, StampSource, table_bytes, write_source
 from .errors import InputError, write_aside
 from .sources import (band_axis, band_names, bands_of_columns, check_pixels, choose,
                               describe_source, fingerprint, fits_table, given_catalogue, open_fits,
                               read_npy, read_npz, reading, rows_per_block)
 
-# %% ../nbs/06_formats.ipynb #bc6b3784
+# %% ../nbs/06_formats.ipynb #47b25148
 _CUBE = "cube of stamps with four axes"
 _STAMPS = ("image_array", "images", "image", "cube", "stamps")
 
@@ -48,7 +48,7 @@ def _hdf5_values(data) -> np.ndarray:
     if h5py.check_string_dtype(data.dtype) is not None: return np.asarray(data.asstr()[:], str)
     return data[:]
 
-# %% ../nbs/06_formats.ipynb #9ebc24b3
+# %% ../nbs/06_formats.ipynb #455176f8
 def _hdf5_table(stamps, catalogue: str|None) -> Table:
     "The columns that lie beside the stamps: datasets, or one dataset of records."
     import h5py
@@ -68,7 +68,7 @@ def _hdf5_table(stamps, catalogue: str|None) -> Table:
             "stamp.")
     return table if len(table) else Table({"row": np.arange(n)})
 
-# %% ../nbs/06_formats.ipynb #e2110fb7
+# %% ../nbs/06_formats.ipynb #c888c6cc
 _WORDS = {"object_id": "objid", "specz_redshift": "z_spec", "specz_redshift_err": "z_err",
           "Z": "z_spec", "ZERR": "z_err", "ZWARNING": "z_warning"}
 
@@ -87,7 +87,7 @@ def _house_columns(table: Table) -> Table: # with more columns
         table[ours] = values - np.asarray(table[f"a_{ours[-1]}"]) if reddened else values
     return table
 
-# %% ../nbs/06_formats.ipynb #7820dc37
+# %% ../nbs/06_formats.ipynb #51312672
 def _hdf5_said(stamps, names) -> dict: # bands, unit, pixel_scale, origin
     "What an HDF5 file says of its stamps."
     said = {"pixel_scale": 0.168} if "y_cmodel_mag" in names else {}
@@ -107,7 +107,7 @@ def _hdf5_said(stamps, names) -> dict: # bands, unit, pixel_scale, origin
     if "pixel_scale" in said: said["pixel_scale"] = round(float(np.mean(said["pixel_scale"])), 6)
     return said
 
-# %% ../nbs/06_formats.ipynb #018d5c09
+# %% ../nbs/06_formats.ipynb #577cdba4
 def _blocks_of(data, row_bytes: int, first: int, chunk: int = 1) -> Iterator[np.ndarray]:
     "Rows of anything that takes slices, from row `first` on."
     step = rows_per_block(row_bytes, chunk)
@@ -137,7 +137,7 @@ def _hdf5_part(path: Path, images, catalogue) -> tuple: # dataset, shape, type, 
         table = _house_columns(_hdf5_table(stamps, catalogue)) if inside else Table()
         return stamps.name, stamps.shape, stamps.dtype, table, _hdf5_said(stamps, table.colnames)
 
-# %% ../nbs/06_formats.ipynb #cbc54ddf
+# %% ../nbs/06_formats.ipynb #8924c3e5
 @delegates(describe_source)
 def read_hdf5(path,                    # an HDF5 file, or a folder of several
               images: str|None = None, # dataset with the stamps; None: find it
@@ -165,7 +165,7 @@ def _files_in(folder: Path, *endings) -> list: # in the order of their names
         f"{folder} holds no file that ends with {', '.join(endings)}; check the path.")
     return files
 
-# %% ../nbs/06_formats.ipynb #d3d914c8
+# %% ../nbs/06_formats.ipynb #5b3a97fb
 def _fits_said(headers: list) -> dict: # bands, unit, pixel_scale, origin
     "What the headers of the stamps say: our words, BUNIT, FILTER, or a WCS."
     first, said = headers[0], {}
@@ -180,7 +180,7 @@ def _fits_said(headers: list) -> dict: # bands, unit, pixel_scale, origin
         if np.isfinite(degrees).all(): said["pixel_scale"] = round(3600*np.mean(degrees), 6)
     return said
 
-# %% ../nbs/06_formats.ipynb #7a4cedb8
+# %% ../nbs/06_formats.ipynb #6d8f8634
 def _table_or_rows(units, catalogue: str|None, n: int, path) -> Table:
     "The catalogue in a FITS file; rows that are only numbered if there is no table at all."
     tables = any(isinstance(unit, fits.BinTableHDU) and not isinstance(unit, fits.CompImageHDU)
@@ -220,7 +220,7 @@ def read_fits(path,                    # a FITS file with a cube, or a folder wi
     return describe_source(path, table, shape, last.dtype,
                    lambda first: _fits_blocks(path, k, shape, row_bytes, first), said, **kwargs)
 
-# %% ../nbs/06_formats.ipynb #30f6d0d7
+# %% ../nbs/06_formats.ipynb #4d27ca1a
 _STRUCTURE = re.compile(r"SIMPLE|XTENSION|BITPIX|NAXIS\d*|EXTEND|[PG]COUNT|B(SCALE|ZERO|UNIT)|"
                         r"BANDS|PIXSCALE|SOURCE|CHECKSUM|DATASUM|COMMENT|HISTORY|DATE.*|WCS.*|"
                         r"FILTER|EXT\w+|C(TYPE|RPIX|RVAL|DELT|UNIT|ROTA)\d|(CD|PC)\d_\d|L..POLE|"
@@ -249,7 +249,7 @@ def _card_values(path: Path) -> dict: # column -> value
         cards |= {"ra": place.icrs.ra.deg, "dec": place.icrs.dec.deg}
     return {"file": path.name} | cards
 
-# %% ../nbs/06_formats.ipynb #255b7104
+# %% ../nbs/06_formats.ipynb #db3f6de6
 def _folder_table(folder: Path, catalogue) -> tuple[list, Table]: # files, and a row for each
     "The files of a folder and their catalogue, in one order."
     files = _files_in(folder, ".fits", ".fit", ".fits.gz", ".fits.fz", ".fits.bz2")
@@ -281,7 +281,7 @@ def _read_folder(folder: Path, catalogue, **kwargs) -> StampSource:
     return describe_source(folder, table, (len(files), *stamp.shape), stamp.dtype,
                    lambda first: _file_blocks(files, stamp.shape, first), said, **kwargs)
 
-# %% ../nbs/06_formats.ipynb #40de7112
+# %% ../nbs/06_formats.ipynb #8b129f7c
 def _pt_tensors(path: Path) -> list: # of tensors
     "The tensors in a `.pt` file; `InputError` if there is anything else in it."
     import torch
@@ -300,7 +300,7 @@ def _pt_tensors(path: Path) -> list: # of tensors
     return [one.detach() if one.is_floating_point() and one.dtype is not torch.bfloat16
             else one.detach().float() if one.is_floating_point() else one for one in held]
 
-# %% ../nbs/06_formats.ipynb #9bac0260
+# %% ../nbs/06_formats.ipynb #450afa4b
 @delegates(describe_source)
 def read_pt(path,               # a file that torch.save wrote
             catalogue = None,   # more columns: `Table` or file
@@ -330,7 +330,7 @@ def read_pt(path,               # a file that torch.save wrote
         for row in range(first, shape[0], step): yield images[0][row:row + step].numpy()
     return describe_source(path, table, shape, dtype, rows, said, **kwargs)
 
-# %% ../nbs/06_formats.ipynb #a531304c
+# %% ../nbs/06_formats.ipynb #34086f56
 def _format(path: Path): # the reader
     "The reader for a file or a folder; `InputError` if there is none."
     if path.is_dir():
@@ -357,7 +357,7 @@ def _set_source(folder: Path) -> StampSource:
                        unit=stamps.unit, pixel_scale=stamps.pixel_scale, origin=stamps.origin,
                        fingerprint=fingerprint(folder))
 
-# %% ../nbs/06_formats.ipynb #b05da5c2
+# %% ../nbs/06_formats.ipynb #2156c272
 def open_source(path,                  # a file of any of these formats, or a folder
                 scratch = None,        # folder for a scratch file, if one is needed
                 **options              # as for its reader: `images`, `catalogue`, `bands`, ...
@@ -387,7 +387,7 @@ def import_stamps(path,                   # a file of any known format, or a fol
     return write_source(source, folder, dtype=dtype, crop=crop, where=where, overwrite=overwrite,
                         progress=progress)
 
-# %% ../nbs/06_formats.ipynb #dfde6cb2
+# %% ../nbs/06_formats.ipynb #01250117
 def _check_file(path: Path, overwrite: bool):
     "Refuse to replace what is there without being asked."
     if path.is_dir() or (path.exists() and not overwrite): raise InputError(
@@ -431,20 +431,7 @@ def _writing(path):
     except (RuntimeError, ValueError) as error:
         raise OSError(" ".join(str(error).split())) from error
 
-# %% ../nbs/06_formats.ipynb #67d05522
-def _table_bytes(table: Table, block: int = 5_000) -> Iterator[bytes]:
-    "A FITS table called CATALOGUE: its header, its rows, and zeros to the end of a FITS block."
-    for row in range(0, len(table), block):
-        unit, buffer = fits.table_to_hdu(table[row:row + block]), io.BytesIO()
-        unit.writeto(buffer)
-        rows = len(unit.data)*unit.header["NAXIS1"]
-        start = len(buffer.getbuffer()) + -rows//2880*2880
-        unit.header["NAXIS2"], unit.header["EXTNAME"] = len(table), "CATALOGUE"
-        if row == 0: yield unit.header.tostring().encode("ascii")
-        yield buffer.getbuffer()[start:start + rows]
-    yield bytes(-len(table)*unit.header["NAXIS1"] % 2880)
-
-# %% ../nbs/06_formats.ipynb #1608564d
+# %% ../nbs/06_formats.ipynb #225d75d5
 def export_fits(stamps: StampSet,        # what to write
                 path,                    # the file
                 overwrite: bool = False, # replace a file that is there?
@@ -460,4 +447,5 @@ def export_fits(stamps: StampSet,        # what to write
         file.write(header.tostring().encode("ascii"))
         for _, images in _export_blocks(stamps, progress): file.write(images.astype(">f4").data)
         file.write(bytes(-file.tell() % 2880))
-        for some in _table_bytes(stamps.catalogue): file.write(some)
+        rows = np.arange(len(stamps))
+        for some in table_bytes(stamps.catalogue, rows, "CATALOGUE"): file.write(some)

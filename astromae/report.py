@@ -8,7 +8,7 @@ __all__ = ['PUBLISHED_METRICS', 'PUBLISHED', 'PUBLISHED_GALAXIES', 'Block', 'Cel
            'compared_pairs', 'verdict', 'claim_blocks', 'scatter_blocks', 'draw_residuals', 'training_blocks',
            'curve_lines', 'curve_blocks', 'departures', 'page_title', 'page_blocks', 'as_markdown', 'report']
 
-# %% ../nbs/52_report.ipynb #f03d90fa
+# %% ../nbs/52_report.ipynb #15de2494
 import base64
 import json
 from collections import namedtuple
@@ -25,15 +25,16 @@ from jinja2 import Template
 from matplotlib.figure import Figure
 
 from .comparison import (MAGNITUDE_METHODS, draw_losses, draw_rates, folder_name,
-                                 save_figure)
+                                 judgement, save_figure)
 from .errors import InputError, write_aside
 from .mae import MAEConfig
 from .metrics import METRICS, paired_bootstrap
 from .plots import figure_style, plot_ratios, plot_residuals, plot_scan, scatter_grid
 from .redshift import ARCHITECTURES
+from .runs import pretrained_kinds
 from .training import FinetuneSettings, PretrainSettings
 
-# %% ../nbs/52_report.ipynb #db6c9c13
+# %% ../nbs/52_report.ipynb #7fed20a3
 PUBLISHED_METRICS = ("mse", "mae", "bias", "precision", "r2")
 
 _TABLE_4 = {
@@ -59,7 +60,7 @@ PUBLISHED = {table: {name: dict(zip(PUBLISHED_METRICS, row)) for name, row in ro
              for table, rows in (("Table IV", _TABLE_4), ("Table V", _TABLE_5))}
 PUBLISHED_GALAXIES = 659_857  # of Pasquet et al. (2019), in both tables
 
-# %% ../nbs/52_report.ipynb #4fd3e0b9
+# %% ../nbs/52_report.ipynb #7b58566f
 @dataclass(frozen=True)
 class Run:
     "What was found in the folder of an experiment."
@@ -84,7 +85,7 @@ class Run:
         scored = {name for scores in self.scores.values() for name in scores}
         return [name for name in (*self.plan["networks"], *MAGNITUDE_METHODS) if name in scored]
 
-# %% ../nbs/52_report.ipynb #a9ba05a5
+# %% ../nbs/52_report.ipynb #7a2f5fc7
 def _read(file: Path, otherwise=None):
     "What a JSON or FITS file holds; `otherwise` if there is no such file."
     if not file.exists(): return otherwise
@@ -111,7 +112,7 @@ def read_run(folder) -> Run: # `InputError` if the folder is none of an experime
                {seed: curve for seed, part in parts.items()
                 if (curve := _read(part/"curve.json"))})
 
-# %% ../nbs/52_report.ipynb #b1d400fe
+# %% ../nbs/52_report.ipynb #89a96071
 def _state(folder: Path, epochs: int) -> str|None: # None: finished
     "How far a training has come."
     if (folder/"model").exists(): return None
@@ -120,9 +121,8 @@ def _state(folder: Path, epochs: int) -> str|None: # None: finished
 
 def _trainings(run: Run) -> dict: # folder below the seed's -> epochs
     "The trainings of one seed of experiment 1 or 2."
-    networks = [ARCHITECTURES[name] for name in run.plan["networks"]]
-    kinds = sorted({n.encoder for n in networks if n.encoder != "none" and n.frozen})
-    return {**{f"pretraining-{kind}": run.plan["pretraining"]["epochs"] for kind in kinds},
+    return {**{f"pretraining-{kind}": run.plan["pretraining"]["epochs"]
+               for kind in pretrained_kinds(run.plan["networks"])},
             **{f"networks/{folder_name(name)}": run.plan["finetuning"]["epochs"]
                for name in run.plan["networks"]}}
 
@@ -143,12 +143,12 @@ def missing_parts(run: Run) -> list: # of sentences; empty: the run is finished
         if left: found.append(f"Seed {seed} still needs {', '.join(left)}.")
     return found
 
-# %% ../nbs/52_report.ipynb #1dec5556
+# %% ../nbs/52_report.ipynb #6d9a05ae
 Block = namedtuple("Block", "kind content caption", defaults=("",))
 Cell = namedtuple("Cell", "text note best", defaults=("", False))
 Row = namedtuple("Row", "kind cells")  # kind: ours or published
 
-# %% ../nbs/52_report.ipynb #3b7fe2ca
+# %% ../nbs/52_report.ipynb #0a5eab9a
 TABLE_METRICS = {"sigma_mad": "σ_MAD", "precision": "precision", "mae": "MAE", "mse": "MSE",
                  "bias": "bias", "r2": "R²", "outlier_fraction_005": "|Δz| > 0.05"}
 
@@ -174,7 +174,7 @@ def _best(run: Run, metric: str) -> str:
         return np.inf if None in values else cost(np.mean(values))
     return min(run.names, key=mean)
 
-# %% ../nbs/52_report.ipynb #163f2a87
+# %% ../nbs/52_report.ipynb #f842f2b9
 def score_table(run: Run) -> Block:
     "All networks and methods, each published row under ours."
     published, rows, seeds = PUBLISHED[run.published], [], len(run.plan["seeds"])
@@ -190,7 +190,7 @@ def score_table(run: Run) -> Block:
             for metric in TABLE_METRICS)]))
     return Block("table", [["", *TABLE_METRICS.values()], rows])
 
-# %% ../nbs/52_report.ipynb #5f39752d
+# %% ../nbs/52_report.ipynb #e8189859
 def pairs(field: str, better, worse) -> list: # of (the better by the claim, the other)
     "Architectures that differ in one field of their configuration only."
     configs = {name: asdict(config) for name, config in ARCHITECTURES.items()}
@@ -205,7 +205,7 @@ CLAIMS = {
     "AstroMAE beats Henghes et al.": pairs("encoder", "pcm", "none")
                                      + pairs("encoder", "plain", "none")}
 
-# %% ../nbs/52_report.ipynb #660c93cb
+# %% ../nbs/52_report.ipynb #f7be044f
 def compare_seeds(run: Run, a: str, b: str) -> tuple|None: # None: no seed has both
     "Ratio of the precision of two columns of predictions, and the ends of its 95% interval."
     found = [paired_bootstrap(table[a], table[b], table["z_spec"], "precision", how="ratio")
@@ -221,7 +221,7 @@ def published_ratio(published: str, a: str, b: str) -> float|None:
     table = PUBLISHED[published]
     return table[a]["precision"]/table[b]["precision"] if {a, b} <= set(table) else None
 
-# %% ../nbs/52_report.ipynb #c1ba888b
+# %% ../nbs/52_report.ipynb #c9de1f0d
 def compared_pairs(run: Run) -> dict: # claim -> {(a, b): (ratio, low, high)}
     "Every claim's pairs that this run can compare, and AstroMAE against magnitudes alone."
     methods = [name for name in run.names if name in MAGNITUDE_METHODS]
@@ -235,18 +235,13 @@ def compared_pairs(run: Run) -> dict: # claim -> {(a, b): (ratio, low, high)}
              for claim, compared in claims.items()}
     return {claim: compared for claim, compared in found.items() if compared}
 
-def _judgement(low: float, high: float) -> str:
-    "An interval of a ratio in words."
-    return ("ahead" if high < 1 else "behind" if low > 1
-            else "neither ahead nor behind, within the errors")
-
 def verdict(table: str, a: str, b: str, ratio: float, low: float, high: float) -> str:
     "One sentence on two networks, and the ratio in a table of the paper."
     published = published_ratio(table, a, b)
     return (f"{a} has {ratio:.2f} times the scatter of {b} (95%: {low:.2f} to {high:.2f}): "
-            f"{_judgement(low, high)}." + (f" Published: {published:.2f}." if published else ""))
+            f"{judgement(low, high)}." + (f" Published: {published:.2f}." if published else ""))
 
-# %% ../nbs/52_report.ipynb #4f0b7775
+# %% ../nbs/52_report.ipynb #16c9ef6c
 def claim_blocks(run: Run) -> list:
     "The ratios as a figure, and each in a sentence."
     found = compared_pairs(run)
@@ -258,7 +253,7 @@ def claim_blocks(run: Run) -> list:
                     "interval of a paired bootstrap. Blue: the first is ahead, red: the second, "
                     "grey: undecided. Diamonds: published.")]
     for claim, compared in found.items():
-        judged = [_judgement(low, high) for _, low, high in compared.values()]
+        judged = [judgement(low, high) for _, low, high in compared.values()]
         ahead, behind = judged.count("ahead"), judged.count("behind")
         blocks += [Block("claim", f"{claim}: so in {ahead} of {len(judged)}, "
                                   f"the other way round in {behind}, undecided in "
@@ -267,7 +262,7 @@ def claim_blocks(run: Run) -> list:
                                   for pair, ratio in compared.items()])]
     return blocks
 
-# %% ../nbs/52_report.ipynb #6d5ce6ab
+# %% ../nbs/52_report.ipynb #35f99265
 def _group(name: str) -> str:
     "The grid in which a network is drawn."
     if name not in ARCHITECTURES: return "magnitudes alone"
@@ -288,7 +283,7 @@ def scatter_blocks(run: Run) -> list:
                   f"Predicted against spectroscopic redshift, {group}, seed {seed}.")
             for group, found in groups.items()]
 
-# %% ../nbs/52_report.ipynb #f4abadfc
+# %% ../nbs/52_report.ipynb #5ada0b4f
 def _shown(run: Run) -> list:
     "The names whose residuals are drawn: the best network, Henghes et al., the best method."
     scores = next(iter(run.scores.values()))
@@ -312,7 +307,7 @@ def draw_residuals(run: Run) -> Figure:
             ax.set_title(name)
     return figure
 
-# %% ../nbs/52_report.ipynb #d43b8d6c
+# %% ../nbs/52_report.ipynb #1171510b
 def training_blocks(run: Run) -> list:
     "The learning rates, and the losses of what has been trained with the first seed that has any."
     phases = SimpleNamespace(pretraining=PretrainSettings(**run.plan["pretraining"]),
@@ -327,7 +322,7 @@ def training_blocks(run: Run) -> list:
                                         f"Losses of every training, seed {seed}")]
     return blocks
 
-# %% ../nbs/52_report.ipynb #40f9d276
+# %% ../nbs/52_report.ipynb #526e9c21
 STUDIES = {"mask-ratio": ("masked share of the patches", False), # label, is the axis logarithmic?
            "label-efficiency": ("share of the labels", True)}
 
@@ -353,7 +348,7 @@ def curve_blocks(run: Run) -> list:
                   "σ_MAD with bootstrap errors, mean over the seeds."),
             Block("table", [[f"σ_MAD at {xlabel}", *(f"{x:g}" for x in run.values)], rows])]
 
-# %% ../nbs/52_report.ipynb #613d6c67
+# %% ../nbs/52_report.ipynb #fb7c8e0d
 def departures(plan: dict) -> list: # of sentences
     "Settings that are not the defaults, phase by phase."
     defaults = {"autoencoder": MAEConfig(), "pretraining": PretrainSettings(),
@@ -367,7 +362,7 @@ def departures(plan: dict) -> list: # of sentences
         if found: sentences.append(f"{phase}: {', '.join(found)}.")
     return sentences
 
-# %% ../nbs/52_report.ipynb #aa8771c3
+# %% ../nbs/52_report.ipynb #4251e88b
 def page_title(run: Run) -> str:
     "The data set and the experiment in one line."
     done = f"experiment {run.plan['experiment']}" if run.study == "experiment" else run.study
@@ -398,7 +393,7 @@ def _reading(run: Run) -> list:
                               for metric, label in TABLE_METRICS.items()],
                   "What the metrics are")]
 
-# %% ../nbs/52_report.ipynb #8384b3b4
+# %% ../nbs/52_report.ipynb #12522223
 def page_blocks(run: Run) -> list:
     "The whole page, from top to bottom."
     blocks = _introduction(run)
@@ -420,7 +415,7 @@ def page_blocks(run: Run) -> list:
         "list", [f"{key}: {value}" for key, value in run.environment.items()])]
     return blocks
 
-# %% ../nbs/52_report.ipynb #16a66882
+# %% ../nbs/52_report.ipynb #db420bb1
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2.5rem auto;
        padding: 0 1.2rem; }
@@ -442,7 +437,7 @@ figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption, details { colo
   font-size: .88rem; }
 """
 
-# %% ../nbs/52_report.ipynb #18897e02
+# %% ../nbs/52_report.ipynb #aed2db2a
 _HTML = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{{ title }}</title><style>""" + _STYLE + """</style></head><body>
@@ -470,7 +465,7 @@ _HTML = """<!doctype html>
 """
 _TEMPLATE = Template(_HTML, autoescape=True)
 
-# %% ../nbs/52_report.ipynb #4d3f21b3
+# %% ../nbs/52_report.ipynb #8cb46ba5
 def _markdown_row(cells: list) -> str:
     "A row of a table; a vertical bar would end a cell."
     texts = [f"{f'**{cell.text}**' if cell.best else cell.text} {cell.note}" for cell in cells]
@@ -491,7 +486,7 @@ def as_markdown(block: Block) -> str:
         return "\n".join(([f"{caption}:\n"] if caption else []) + [f"- {item}" for item in content])
     return content
 
-# %% ../nbs/52_report.ipynb #26386b5c
+# %% ../nbs/52_report.ipynb #088b9d80
 def report(folder          # of an experiment, finished or not
           ) -> Path:       # the HTML page; report.md and figures/ are written beside it
     "Write `report.html` and `report.md` into the folder of an experiment."

@@ -15,7 +15,7 @@ NOTEBOOKS = sorted((REPOSITORY/"nbs").rglob("*.ipynb"))
 NOTEBOOKS = [path for path in NOTEBOOKS if ".ipynb_checkpoints" not in path.parts]
 ROOMS = [path for path in NOTEBOOKS if re.match(r"\d\d_", path.name)]
 NAMES = [path.stem for path in NOTEBOOKS]
-LITTER = r"Warning|it/s\]|0x[0-9a-f]{8,}|/home/|/root/|site-packages"
+LITTER = r"Warning|it/s\]|0x[0-9a-f]{8,}|/(home|root|Users)/|site-packages"
 
 
 def cells(path: Path, kind: str = "code") -> list:

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from astropy.table import Table
 
-from astromae.comparison import MAGNITUDE_METHODS, folder_name, score, write_scores
+from astromae.comparison import MAGNITUDE_METHODS, folder_name, score
 from astromae.errors import InputError, write_json
 from astromae.mae import MAEConfig
 from astromae.redshift import ARCHITECTURES
@@ -40,7 +40,7 @@ def write_run(folder, networks=PAIR, seeds=(42,), methods=MAGNITUDE_METHODS[:1],
             table[name] = table["z_spec"] + dz*(1 + table["z_spec"])
         (folder/f"seed-{seed}").mkdir()
         table.write(folder/f"seed-{seed}"/"predictions.fits")
-        write_scores(score(table, (*networks, *methods)), folder/f"seed-{seed}"/"metrics.json")
+        write_json(folder/f"seed-{seed}"/"metrics.json", score(table, (*networks, *methods)))
     return folder
 
 
