@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['PLANS', 'NETWORKS', 'LEAST_TRAINING', 'MASK_RATIOS', 'LABEL_FRACTIONS', 'STUDIES', 'Plan', 'plan_named',
            'rows_of_seeds', 'git_commit', 'environment', 'write_split', 'begin_run', 'pretrained_kinds',
-           'pretrain_encoders', 'run_networks', 'run_experiment', 'probe_columns', 'curve_points', 'run_mask_ratio',
-           'some_labels', 'run_label_efficiency']
+           'pretrain_encoders', 'wait_for', 'run_networks', 'run_experiment', 'probe_columns', 'curve_points',
+           'run_mask_ratio', 'some_labels', 'run_label_efficiency']
 
-# %% ../nbs/51_runs.ipynb #30667b63
+# %% ../nbs/51_runs.ipynb #acf71363
 import json
 import platform
 import subprocess
+import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
                                PretrainSettings, _check_labels, claim_run, match_encoder,
                                pretrain)
 
-# %% ../nbs/51_runs.ipynb #8af71c28
+# %% ../nbs/51_runs.ipynb #2299976d
 @dataclass(frozen=True)
 class Plan:
     "What is pretrained, fine-tuned and compared; the defaults are the paper's experiment 1."
@@ -58,7 +59,7 @@ class Plan:
                 f"the {what} are {', '.join(map(str, given)) or 'none'}; name at least one, and "
                 "each of them once.")
 
-# %% ../nbs/51_runs.ipynb #3fe322ba
+# %% ../nbs/51_runs.ipynb #427bb516
 PLANS = {
     "paper": Plan(),
     "gpu-hour": Plan(
@@ -72,7 +73,7 @@ PLANS = {
         finetuning=replace(FINETUNE_PRESETS["demo"], epochs=25, cycle=25, rate=1e-3,
                            batch_size=32))}
 
-# %% ../nbs/51_runs.ipynb #5ce3d8ea
+# %% ../nbs/51_runs.ipynb #6bd7fae4
 NETWORKS = {**dict.fromkeys(EXPERIMENTS, tuple(ARCHITECTURES)),
             "2": ("pcm-AstroMAE", "Henghes et al."),
             "mask-ratio": ("pcm-ViT",),
@@ -94,7 +95,7 @@ def plan_named(name: str = "1",       # one of `NETWORKS`: an experiment or a st
                    networks=tuple(networks) or NETWORKS[name],
                    seeds=tuple(seeds) or PLANS[preset].seeds)
 
-# %% ../nbs/51_runs.ipynb #763a23de
+# %% ../nbs/51_runs.ipynb #0bdb240c
 LEAST_TRAINING = 50
 
 def rows_of_seeds(stamps: StampSet, plan: Plan) -> dict: # seed -> rows, see `split_rows`
@@ -107,7 +108,7 @@ def rows_of_seeds(stamps: StampSet, plan: Plan) -> dict: # seed -> rows, see `sp
             f"train on in experiment {plan.experiment}; take a set that leaves {LEAST_TRAINING}.")
     return rows
 
-# %% ../nbs/51_runs.ipynb #e9008477
+# %% ../nbs/51_runs.ipynb #e7256c75
 def git_commit(folder: Path) -> str: # forty hexadecimal digits, or unknown
     "The commit that last changed a folder."
     try: said = subprocess.run(["git", "-C", folder, "log", "-1", "--format=%H", "--", "."],
@@ -122,7 +123,7 @@ def environment(device=None) -> dict: # name -> version, or what it is
             "machine": platform.platform(), "device": str(device or "the default"),
             "threads": torch.get_num_threads()}
 
-# %% ../nbs/51_runs.ipynb #45ab42aa
+# %% ../nbs/51_runs.ipynb #7044e595
 def write_split(file: Path, stamps: StampSet, experiment: str, seed: int):
     "Write which part every row of the set is in."
     parts = split(stamps.catalogue, experiment_named(experiment).fractions, seed)
@@ -146,7 +147,7 @@ def begin_run(folder: Path, stamps: StampSet, plan: Plan, device,
         if not (file := folder/f"seed-{seed}"/"split.fits").exists():
             write_split(file, stamps, plan.experiment, seed)
 
-# %% ../nbs/51_runs.ipynb #1f7e5063
+# %% ../nbs/51_runs.ipynb #864eeda0
 def pretrained_kinds(networks: tuple) -> list: # of plain and pcm
     "The kinds of encoder that these networks want pretrained."
     wanted = [architecture(name) for name in networks]
@@ -160,7 +161,11 @@ def pretrain_encoders(folder: Path, stamps: StampSet, rows: dict, plan: Plan, se
                            replace(plan.pretraining, seed=seed), **where)
             for kind in pretrained_kinds(plan.networks)}
 
-# %% ../nbs/51_runs.ipynb #ff71955c
+# %% ../nbs/51_runs.ipynb #7c686af5
+def wait_for(file: Path, seconds: float = 0.5):
+    "Return when a file is there; look again after some seconds."
+    while not file.exists(): time.sleep(seconds)
+
 def run_networks(folder: Path,       # networks, predictions and metrics go there
                  stamps: StampSet,
                  rows: dict,         # from `split_rows`
@@ -179,7 +184,9 @@ def run_networks(folder: Path,       # networks, predictions and metrics go ther
                                  replace(plan.finetuning, seed=seed),
                                  {kind: trained.folder for kind, trained in autoencoders.items()},
                                  **where)
-    if rank_distrib(): return []
+    if rank_distrib():
+        wait_for(folder/"metrics.json")
+        return json.loads((folder/"metrics.json").read_text())
     columns = probes | prediction_columns(stamps, rows, networks, plan.views, seed,
                                           where["device"], where["progress"], methods)
     scores = score(predict_test_part(folder/"predictions.fits", stamps, rows["test"], columns),
@@ -187,7 +194,7 @@ def run_networks(folder: Path,       # networks, predictions and metrics go ther
     write_json(folder/"metrics.json", scores)
     return scores
 
-# %% ../nbs/51_runs.ipynb #0eea073f
+# %% ../nbs/51_runs.ipynb #1748e925
 def run_experiment(stamps: StampSet,          # labelled where the experiment wants it
                    folder,                    # of the run; goes on where it stopped
                    plan: Plan = Plan(),
@@ -206,7 +213,7 @@ def run_experiment(stamps: StampSet,          # labelled where the experiment wa
                      MAGNITUDE_METHODS)
     return folder
 
-# %% ../nbs/51_runs.ipynb #0af7305e
+# %% ../nbs/51_runs.ipynb #ff135fb7
 def probe_columns(stamps: StampSet, train: np.ndarray, test: np.ndarray, autoencoders: dict,
                   seed: int, device) -> dict: # name -> function that gives redshifts
     "What the frozen embedding of each autoencoder knows, see `prediction_columns`."
@@ -220,7 +227,7 @@ def curve_points(variant: str, x: float, scores: list, **more) -> list: # one pe
     "The scores of one variant as points of a curve."
     return [{"variant": variant, "x": x, **more, **score} for score in scores]
 
-# %% ../nbs/51_runs.ipynb #cbc657ff
+# %% ../nbs/51_runs.ipynb #cb1b0797
 MASK_RATIOS = (0.25, 0.5, 0.6, 0.75, 0.9)
 
 def run_mask_ratio(stamps: StampSet,
@@ -251,12 +258,12 @@ def run_mask_ratio(stamps: StampSet,
             if not rank_distrib(): write_json(home/"curve.json", curve)
     return folder
 
-# %% ../nbs/51_runs.ipynb #c5398a2b
+# %% ../nbs/51_runs.ipynb #d0226d73
 def some_labels(stamps: StampSet, train: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     "The training rows of a fraction of the galaxies; a larger fraction has them too."
     return train[split(stamps.catalogue[train], {"labels": fraction}, seed)["labels"]]
 
-# %% ../nbs/51_runs.ipynb #7115955a
+# %% ../nbs/51_runs.ipynb #e75bc8bd
 LABEL_FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.)
 
 def run_label_efficiency(stamps: StampSet,
@@ -293,5 +300,5 @@ def run_label_efficiency(stamps: StampSet,
             if not rank_distrib(): write_json(home/"curve.json", curve)
     return folder
 
-# %% ../nbs/51_runs.ipynb #fcaa57cd
+# %% ../nbs/51_runs.ipynb #cc4fbf6e
 STUDIES = {"mask-ratio": run_mask_ratio, "label-efficiency": run_label_efficiency}

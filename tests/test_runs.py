@@ -1,5 +1,11 @@
-"""What would disturb the story of 51_runs: the cube from end to end, power cuts, bad input."""
+"""What would disturb the story of 51_runs: the cube from end to end, power cuts, bad input.
+
+The file is also the program that a test starts in two processes: `torchrun ... test_runs.py STAMPS RUN`.
+"""
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +15,7 @@ from astropy.table import Table
 import astromae
 from astromae import comparison, runs
 from astromae.comparison import MAGNITUDE_METHODS
+from astromae.dataset import StampSet
 from astromae.errors import InputError
 from astromae.experiments import split_rows
 from astromae.formats import import_stamps
@@ -222,6 +229,23 @@ def test_the_studies_refuse_what_they_cannot_do(stamps, tmp_path):
     refused("would be empty", stamps, tmp_path/"run", run=run_label_efficiency, fractions=(1., 0.001))
 
 
+# --- two processes
+
+def test_two_processes_make_one_run(stamps, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                   "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node", "2", __file__, stamps.folder, tmp_path/"run"],
+                          env=environment, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    scored = [line for line in done.stdout.splitlines() if line.startswith("[{")]
+    assert len(scored) == 2 and scored[0] == scored[1] # both waited for the same metrics
+    assert json.loads(scored[0]) == read(tmp_path/"run"/"seed-42"/"metrics.json")
+    for phase in ("pretraining-plain", "networks/plain-ViT"):
+        history = (tmp_path/"run"/"seed-42"/phase/"history.csv").read_text()
+        assert len(history.splitlines()) == 2
+
+
 # --- the presets
 
 def test_the_paper_is_the_default():
@@ -229,3 +253,8 @@ def test_the_paper_is_the_default():
     assert (Plan().pretraining.epochs, Plan().finetuning.epochs, Plan().seeds) == (2000, 700, (42,))
     assert plan_named("2").networks == ("pcm-AstroMAE", "Henghes et al.")
     assert plan_named("label-efficiency", "two-cores", parts="demo", seeds=(1, 2)).seeds == (1, 2)
+
+
+if __name__ == "__main__":
+    folder = run_experiment(StampSet.open(sys.argv[1]), sys.argv[2], TINY, **QUIET)
+    print(json.dumps(read(folder/"seed-42"/"metrics.json")), flush=True)
