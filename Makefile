@@ -1,15 +1,16 @@
-# make demo      install, then the whole path on the packaged galaxies; results in demo/
-# make test      install, then every check
-# make docs      the documentation site in _docs/, and README.md
-# make bench     the measured figures of the documentation, but the accuracy
-# make accuracy  three seeds of the networks on 7,000 galaxies (hours on two cores)
-# make lab       JupyterLab on the notebooks
+# make demo         install, then the whole path on the packaged galaxies; results in demo/
+# make test         install, then every check
+# make docs         the documentation site in _docs/, and README.md
+# make bench        the measured figures of the documentation, but the accuracy
+# make accuracy     three seeds of the networks on 7,000 galaxies (hours on two cores)
+# make experiments  all networks with three seeds, and two studies, for nbs/results/ (a night on two cores)
+# make lab          JupyterLab on the notebooks
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ENV := .venv
 BIN := $(ENV)/bin
 
-.PHONY: demo test docs readme bench accuracy lab env clean
+.PHONY: demo test docs readme bench accuracy experiments lab env clean
 .DEFAULT_GOAL := demo
 
 env: $(ENV)/installed
@@ -49,6 +50,20 @@ bench: env
 
 accuracy: env
 	@$(BIN)/astromae bench bench --accuracy 3
+
+# every part is resumable: a second call goes on where the first one stopped
+EXPERIMENT := $(BIN)/astromae experiment
+SMALL := --data bench/stamps --preset two-cores --in-memory
+
+experiments: env
+	@test -d bench/stamps || $(BIN)/astromae simulate bench/stamps
+	@$(EXPERIMENT) demo $(SMALL) --out bench/fourteen-networks --seed 42 --seed 43 --seed 44
+	@$(EXPERIMENT) mask-ratio $(SMALL) --out bench/mask-ratio --parts demo
+	@$(EXPERIMENT) label-efficiency $(SMALL) --out bench/label-efficiency --parts demo
+	@for run in fourteen-networks mask-ratio label-efficiency; do \
+	  $(BIN)/astromae report bench/$$run && mkdir -p nbs/results/$$run && \
+	  cp -R bench/$$run/report.md bench/$$run/figures nbs/results/$$run/ || exit; \
+	done
 
 lab: env
 	@$(BIN)/jupyter lab nbs

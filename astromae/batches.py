@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Normalisation', 'edge_noise', 'fit_normalisation', 'reach', 'turn', 'augment', 'BatchLoader']
 
-# %% ../nbs/04_batches.ipynb #0f5d4dfc
+# %% ../nbs/04_batches.ipynb #c6467521
 import copy
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from torch.nn import functional
 from .dataset import StampSet, centre_crop, row_numbers
 from .errors import InputError, select_device
 
-# %% ../nbs/04_batches.ipynb #5bc57eaa
+# %% ../nbs/04_batches.ipynb #f5e4de4e
 @dataclass(frozen=True)
 class Normalisation:
     "What is done to each band before the network sees it; works on (B, bands, ...) tensors."
@@ -57,7 +57,7 @@ def _arcsinh(x: torch.Tensor) -> torch.Tensor:
     y = x*x
     return y.add_(1).sqrt_().add_(x.abs()).log_().copysign_(x)
 
-# %% ../nbs/04_batches.ipynb #b3478e6a
+# %% ../nbs/04_batches.ipynb #fae3bab9
 def edge_noise(images: torch.Tensor, # (n, bands, H, W)
                width: int = 4        # of the edge, pixels
               ) -> torch.Tensor:     # (bands,) in the unit of the pixels
@@ -67,7 +67,7 @@ def edge_noise(images: torch.Tensor, # (n, bands, H, W)
     edge = images[:, :, ~inside].transpose(0, 1).flatten(1)
     return 1.4826*(edge - edge.median(1, keepdim=True).values).abs().median(1).values
 
-# %% ../nbs/04_batches.ipynb #393c4519
+# %% ../nbs/04_batches.ipynb #e1901d20
 def _refuse_not_finite(values: torch.Tensor, rows, what: str):
     "Name the rows whose values are not all finite."
     if torch.isfinite(values.sum()): return
@@ -77,7 +77,7 @@ def _refuse_not_finite(values: torch.Tensor, rows, what: str):
     raise InputError(f"{len(bad)} of {len(good):,} galaxies have no finite {what}, first in the "
                      f"rows {', '.join(map(str, bad[:5]))}; mend them or leave them out.")
 
-# %% ../nbs/04_batches.ipynb #02354b5d
+# %% ../nbs/04_batches.ipynb #a54f3628
 def fit_normalisation(data,                 # `StampSet`, images (N, B, H, W), magnitudes (N, B)
                       indices,              # rows of the training part
                       kind: str,            # `none`, `standard` or `arcsinh`
@@ -111,7 +111,7 @@ def fit_normalisation(data,                 # `StampSet`, images (N, B, H, W), m
         "mend them or leave them out.")
     return Normalisation(kind, mean.tolist(), std.tolist(), softening)
 
-# %% ../nbs/04_batches.ipynb #106b6178
+# %% ../nbs/04_batches.ipynb #8ec711e7
 def reach(size: int,           # side of the image, pixels
           max_rotation: float, # largest angle, degrees
           flip: bool = True    # will images be flipped?
@@ -121,7 +121,7 @@ def reach(size: int,           # side of the image, pixels
     if angle == 0: return size + 2*flip
     return 2*int(np.ceil(size/2*(np.cos(angle) + np.sin(angle)))) + 2
 
-# %% ../nbs/04_batches.ipynb #7892c277
+# %% ../nbs/04_batches.ipynb #80a0ae02
 def turn(images: torch.Tensor,    # (B, bands, H, W) stamps
          angles: torch.Tensor,    # (B,) counter-clockwise with y downwards, degrees
          flips: torch.Tensor,     # (B, 2) -1 where x, y are to be flipped, else 1
@@ -139,7 +139,7 @@ def turn(images: torch.Tensor,    # (B, bands, H, W) stamps
     grid = functional.affine_grid(theta, shape, align_corners=False)
     return functional.grid_sample(images, grid, interpolation, "reflection", align_corners=False)
 
-# %% ../nbs/04_batches.ipynb #8d973fe1
+# %% ../nbs/04_batches.ipynb #e50c9bcf
 def augment(images: torch.Tensor,          # (B, bands, H, W) normalised stamps
             size: int = 32,                # side of the result, pixels
             max_rotation: float = 45.,     # angles are uniform between minus this and this, degrees
@@ -156,7 +156,7 @@ def augment(images: torch.Tensor,          # (B, bands, H, W) normalised stamps
     else: images = centre_crop(images, size)
     return images + noise*torch.randn(images.shape, **where) if noise else images
 
-# %% ../nbs/04_batches.ipynb #1da9a448
+# %% ../nbs/04_batches.ipynb #50e7c21d
 def _gather(stamps: np.ndarray, # (N, bands, H, W), memory-mapped
             rows: np.ndarray,   # (B,) rows wanted, in any order
             size: int           # of the central part, pixels
@@ -169,7 +169,7 @@ def _gather(stamps: np.ndarray, # (N, bands, H, W), memory-mapped
     gathered[order] = stamps[rows[order], :, y:y + size, x:x + size]
     return torch.from_numpy(gathered)
 
-# %% ../nbs/04_batches.ipynb #7818dd10
+# %% ../nbs/04_batches.ipynb #96644d13
 class BatchLoader(DistributedDL):
     "Batches of a stamp set's rows, normalised and, in training, shuffled and augmented."
     def __init__(self,
@@ -204,7 +204,7 @@ class BatchLoader(DistributedDL):
         self._load_labels(magnitude_normalisation)
         self._load_stamps(select_device(device))
 
-# %% ../nbs/04_batches.ipynb #38d3a3b7
+# %% ../nbs/04_batches.ipynb #80c9dcc4
 @patch
 def _checked(self: BatchLoader, indices) -> np.ndarray:
     "Rows as an array; `InputError` if they or the settings make no sense."
@@ -229,7 +229,7 @@ def _window(self: BatchLoader) -> int:
     centre_crop(np.empty(self.dataset.images.shape[-2:], bool), window)
     return window
 
-# %% ../nbs/04_batches.ipynb #91c8db2c
+# %% ../nbs/04_batches.ipynb #9f38c2b3
 @patch
 def _load_labels(self: BatchLoader, normalisation: Normalisation):
     "Put normalised magnitudes and redshifts on the device, for targets `redshift`."
@@ -248,7 +248,10 @@ def _load_stamps(self: BatchLoader, device):
     if self.in_memory:
         kind = _gather(stamps, self.indices[:0], self.window).dtype
         shape = (len(self.indices), stamps.shape[1], self.window, self.window)
-        self._stamps = torch.empty(shape, dtype=kind, device=device)
+        try: self._stamps = torch.empty(shape, dtype=kind, device=device)
+        except RuntimeError as error: raise InputError(
+            f"{np.prod(shape)*kind.itemsize/1e9:.1f} GB of stamps find no room on {device}; leave "
+            "them on disk (no --in-memory), or take fewer.") from error
         for start in range(0, len(self.indices), 1024):
             rows = self.indices[start:start + 1024]
             part = _gather(stamps, rows, self.window)
@@ -263,7 +266,7 @@ def to(self: BatchLoader, device):
     self._labels = tuple(values.to(device) for values in self._labels)
     if self.in_memory: self._stamps = self._stamps.to(device)
 
-# %% ../nbs/04_batches.ipynb #200dfaa4
+# %% ../nbs/04_batches.ipynb #59b5ad82
 @patch
 def get_idxs(self: BatchLoader) -> np.ndarray:
     "Positions in `indices`, in the order of this epoch: this process's share."
@@ -287,7 +290,7 @@ def set_epoch(self: BatchLoader, epoch: int): # counted from 0
     "Choose the order and the augmentation of the next epoch; a finished epoch moves on by one."
     self.epoch = epoch
 
-# %% ../nbs/04_batches.ipynb #eeff5073
+# %% ../nbs/04_batches.ipynb #fd47cd2f
 @patch
 def _batch(self: BatchLoader, positions, generator) -> tuple[torch.Tensor, ...]:
     "One batch on the device."
@@ -312,7 +315,7 @@ def __iter__(self: BatchLoader):
     for k in range(len(self)): yield self._batch(positions[k*self.bs:(k + 1)*self.bs], generator)
     self.epoch += 1
 
-# %% ../nbs/04_batches.ipynb #8ab0f5c1
+# %% ../nbs/04_batches.ipynb #3d5dd763
 @patch
 def one_batch(self: BatchLoader) -> tuple[torch.Tensor, ...]:
     "The first batch of the current epoch."

@@ -8,7 +8,7 @@ __all__ = ['app', 'Device', 'Seed', 'Preset', 'ExperimentName', 'Epochs', 'Batch
            'export_verb', 'pretrain_verb', 'finetune_verb', 'experiment_verb', 'report_verb', 'predict_verb',
            'demo_verb', 'bench_verb', 'main']
 
-# %% ../nbs/90_cli.ipynb #707b13d3
+# %% ../nbs/90_cli.ipynb #9cc3e22e
 import sys, warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +19,7 @@ import typer
 
 from .errors import InputError
 
-# %% ../nbs/90_cli.ipynb #b6bf9c95
+# %% ../nbs/90_cli.ipynb #e7f7bcc0
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   rich_markup_mode=None,
                   help="Photometric redshifts of galaxies from images, by masked autoencoding.")
@@ -41,7 +41,7 @@ Server = Annotated[Optional[str], typer.Option(help="address; default: astroquer
 Release = Annotated[Optional[int], typer.Option(help="data release; default: astroquery's")]
 InMemory = Annotated[bool, typer.Option(help="keep the stamps in memory, on the device")]
 
-# %% ../nbs/90_cli.ipynb #6ec22161
+# %% ../nbs/90_cli.ipynb #214a87a0
 def _preset(presets: dict, name: str, **overrides):
     "The settings of a preset, with the options that were given."
     if name not in presets:
@@ -67,7 +67,7 @@ def _held(stamps) -> str:
                          f"mag_{stamps.bands[-1]} to the catalogue: redshifts need them)")
     return f"{held}: {stamps.folder}"
 
-# %% ../nbs/90_cli.ipynb #b3c11298
+# %% ../nbs/90_cli.ipynb #ecfb3474
 def _bands(text: str) -> list:
     "Names of bands from `ugriz` or `u,g,r,i,z`."
     names = [name.strip() for name in text.split(",")] if "," in text else list(text)
@@ -89,7 +89,7 @@ def _warnings_as_sentences():
         warnings.showwarning = lambda message, *_: print(f"astromae: {message}", file=sys.stderr)
         yield
 
-# %% ../nbs/90_cli.ipynb #af9f08af
+# %% ../nbs/90_cli.ipynb #c6f037ce
 @app.command("simulate")
 def simulate_verb(
     out: Annotated[Path, typer.Argument(help="folder of the new stamp set")],
@@ -100,7 +100,7 @@ def simulate_verb(
     if out.exists(): raise InputError(f"{out} exists; choose another folder or remove it.")
     print(f"{len(render_stamps(out, galaxies, seed, progress=True))} stamps are in {out}")
 
-# %% ../nbs/90_cli.ipynb #43fea370
+# %% ../nbs/90_cli.ipynb #cfe943b2
 @app.command("query")
 def query_verb(
     out: Annotated[Path, typer.Argument(help="FITS file of the new catalogue")],
@@ -138,7 +138,7 @@ def fetch_verb(
     if not summary.complete: raise InputError(
         f"{len(summary.failed)} frames are missing in {frames}; run the same command again.")
 
-# %% ../nbs/90_cli.ipynb #22a3b6c4
+# %% ../nbs/90_cli.ipynb #cdbee63d
 @app.command("cut")
 def cut_verb(
     frames: Annotated[Path, typer.Argument(help="folder of frames")],
@@ -162,7 +162,7 @@ def cut_verb(
     if catalogue is None:
         print("the dust of our galaxy is still in the magnitudes of galaxies that were found here")
 
-# %% ../nbs/90_cli.ipynb #731b0da2
+# %% ../nbs/90_cli.ipynb #5442cab0
 @app.command("import")
 def import_verb(
     source: Annotated[Path, typer.Argument(
@@ -203,7 +203,7 @@ def export_verb(
     exporters[out.suffix.lower()](_open(stamps, where), out, overwrite=overwrite, progress=True)
     print(f"the stamps are in {out}")
 
-# %% ../nbs/90_cli.ipynb #80f637a7
+# %% ../nbs/90_cli.ipynb #664fb634
 @app.command("pretrain")
 def pretrain_verb(
     stamps: Annotated[Path, typer.Argument(help="folder of a stamp set")],
@@ -217,6 +217,7 @@ def pretrain_verb(
         help="none, standard or arcsinh; default: the preset's")] = None,
     where: Where = None, in_memory: InMemory = False, device: Device = None, seed: Seed = 42):
     "Pretrain a masked autoencoder on images without labels."
+    from fastai.torch_core import rank_distrib
     from astromae.experiments import split_rows
     from astromae.mae import MAEConfig
     from astromae.training import PRETRAIN_PRESETS, pretrain
@@ -230,9 +231,10 @@ def pretrain_verb(
                       pcm_masking=pcm_masking)
     trained = pretrain(stamps, rows["pretrain"], rows["watch"], out, model, settings, device,
                        in_memory)
-    print(f"the autoencoder is in {trained.folder/'model'}, its losses in {out/'history.csv'}")
+    if not rank_distrib():
+        print(f"the autoencoder is in {trained.folder/'model'}, its losses in {out/'history.csv'}")
 
-# %% ../nbs/90_cli.ipynb #33a74d8d
+# %% ../nbs/90_cli.ipynb #924d5fe3
 @app.command("finetune")
 def finetune_verb(
     stamps: Annotated[Path, typer.Argument(help="folder of a stamp set")],
@@ -255,7 +257,7 @@ def finetune_verb(
                                 pretrained, device, in_memory)
     if scores: print(scores) # the first process has them
 
-# %% ../nbs/90_cli.ipynb #3eb3032c
+# %% ../nbs/90_cli.ipynb #bda9cc41
 @app.command("experiment")
 def experiment_verb(
     name: Annotated[str, typer.Argument(
@@ -271,11 +273,12 @@ def experiment_verb(
         help="of a study: the experiment that says who sees which galaxies; default: 1")] = None,
     where: Where = None, in_memory: InMemory = False, device: Device = None):
     "Run an experiment of the paper, or a study: many networks, many seeds, one folder."
+    from fastai.torch_core import rank_distrib
     from astromae.runs import STUDIES, plan_named, run_experiment
     plan = plan_named(name, preset, tuple(network or ()), tuple(seed or ()), parts)
     run = STUDIES.get(name, run_experiment)
     folder = run(_open(data, where), out, plan, device, in_memory=in_memory)
-    print(f"the run is in {folder}; see it with: astromae report {folder}")
+    if not rank_distrib(): print(f"the run is in {folder}; see it with: astromae report {folder}")
 
 @app.command("report")
 def report_verb(
@@ -284,7 +287,7 @@ def report_verb(
     from astromae.report import report
     print(f"the page is {report(run)}")
 
-# %% ../nbs/90_cli.ipynb #26ef92f9
+# %% ../nbs/90_cli.ipynb #d48d7350
 @app.command("predict")
 def predict_verb(
     model: Annotated[Path, typer.Argument(help="folder of a saved model")],
@@ -302,7 +305,7 @@ def predict_verb(
     write_predictions(predict(model, stamps, views=views, device=device, progress=True), out)
     print(f"the redshifts are in {out}")
 
-# %% ../nbs/90_cli.ipynb #62526225
+# %% ../nbs/90_cli.ipynb #8d51cf27
 @app.command("demo")
 def demo_verb(
     out: Annotated[Path, typer.Argument(help="folder for everything that is made")] = Path("demo"),
@@ -320,7 +323,7 @@ def bench_verb(
     from astromae.benchmarks import run_benchmarks
     run_benchmarks(out, accuracy)
 
-# %% ../nbs/90_cli.ipynb #547411f9
+# %% ../nbs/90_cli.ipynb #cc1defff
 def main():
     "The entry point of the command `astromae`."
     try: return app()

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'ACCURACY', 'MAGNITUDE_METHODS', 'CLOSING', 'Comparison', 'render_stamps', 'folder_name', 'finetune_networks',
-           'train_networks', 'predict_from_magnitudes', 'prediction_columns', 'predict_test_part', 'score',
-           'format_scores', 'judgement', 'compare_two', 'verdict', 'save_figure', 'draw_reconstructions', 'draw_losses',
-           'draw_rates', 'draw_figures', 'compare', 'finetune_and_score', 'run_demo']
+           'train_networks', 'magnitude_methods', 'predict_from_magnitudes', 'prediction_columns', 'predict_test_part',
+           'score_column', 'score', 'format_scores', 'judgement', 'compare_two', 'verdict', 'save_figure',
+           'draw_reconstructions', 'draw_losses', 'draw_rates', 'draw_figures', 'compare', 'finetune_and_score',
+           'run_demo']
 
-# %% ../nbs/50_comparison.ipynb #78e37a59
+# %% ../nbs/50_comparison.ipynb #a321138c
 import math
 import re
 from collections.abc import Iterable
@@ -27,7 +28,7 @@ from .dataset import StampSet, centre_crop, write_stamp_set
 from .errors import InputError, write_aside, write_json
 from .experiments import split_rows
 from .mae import MAEConfig, reconstruct
-from .metrics import evaluate, paired_bootstrap, sigma_mad
+from .metrics import METRICS, evaluate, paired_bootstrap, sigma_mad
 from .models import save_model
 from .plots import (density_scatter, plot_losses, plot_rates, plot_reconstructions,
                             plot_residuals)
@@ -35,12 +36,13 @@ from .predict import predict, write_predictions
 from .redshift import architecture
 from .schedules import rate_curve
 from .simulate import packaged_catalogue, simulate
+from .survey import BANDS
 from .templates import template_fit
 from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
                                PretrainSettings, Trained, claim_run, finetune, pretrain,
                                schedule_of)
 
-# %% ../nbs/50_comparison.ipynb #deb162ab
+# %% ../nbs/50_comparison.ipynb #3ee89822
 @dataclass(frozen=True)
 class Comparison:
     "What is rendered, trained and compared."
@@ -55,7 +57,7 @@ class Comparison:
 
 DEMO = Comparison()
 
-# %% ../nbs/50_comparison.ipynb #637a18f3
+# %% ../nbs/50_comparison.ipynb #f206e02f
 ACCURACY = Comparison(
     experiment="accuracy", networks=("pcm-AstroMAE", "Henghes et al."), views=8,
     autoencoder=MAEConfig(encoder="pcm", depth=4, decoder_depth=2),
@@ -64,7 +66,7 @@ ACCURACY = Comparison(
     finetuning=replace(FINETUNE_PRESETS["demo"], epochs=60, cycle=60, rate=1e-3, batch_size=32,
                        checkpoint_every=4))
 
-# %% ../nbs/50_comparison.ipynb #aebc9922
+# %% ../nbs/50_comparison.ipynb #a0cc3e85
 def render_stamps(folder: Path, galaxies: int, seed: int, progress: bool) -> StampSet:
     "The packaged galaxies as a stamp set, rendered unless the folder has them already."
     if folder.exists(): return StampSet.open(folder)
@@ -76,7 +78,7 @@ def render_stamps(folder: Path, galaxies: int, seed: int, progress: bool) -> Sta
     return write_stamp_set(folder, chunks, len(catalogue), dtype="float16",
                            origin="SDSS redshifts and colours are real, the pixels simulated")
 
-# %% ../nbs/50_comparison.ipynb #5ae37878
+# %% ../nbs/50_comparison.ipynb #476a165b
 def folder_name(name: str) -> str: # letters, digits and hyphens
     "The name of a network as the name of a folder."
     return re.sub(r"[^\w-]+", "-", name).strip("-")
@@ -111,8 +113,12 @@ def train_networks(folder: Path,        # of the comparison
                                           replace(settings.finetuning, seed=settings.seed),
                                           autoencoders, device, progress)
 
-# %% ../nbs/50_comparison.ipynb #3c8f0ee8
+# %% ../nbs/50_comparison.ipynb #993d3299
 MAGNITUDE_METHODS = (*BASELINES, "template fit")
+
+def magnitude_methods(stamps: StampSet) -> tuple: # names
+    "The methods that can be asked: they know SDSS's bands and no others."
+    return MAGNITUDE_METHODS if tuple(stamps.bands) == BANDS else ()
 
 def predict_from_magnitudes(name: str,          # of `MAGNITUDE_METHODS`
                             stamps: StampSet,
@@ -129,14 +135,14 @@ def predict_from_magnitudes(name: str,          # of `MAGNITUDE_METHODS`
     errors = np.stack([np.asarray(stamps.catalogue[column]) for column in columns], axis=1)
     return template_fit(*known, errors[train], errors[test], seed=seed)
 
-# %% ../nbs/50_comparison.ipynb #cf7cdd72
+# %% ../nbs/50_comparison.ipynb #eadf8f29
 def prediction_columns(stamps: StampSet,
                        rows: dict,          # from `split_rows`
                        networks: dict,      # name -> trained network
                        views: int,          # of a galaxy, see `predict`
                        seed: int,
                        device, progress: bool,
-                       methods: tuple = MAGNITUDE_METHODS # that stand beside the networks
+                       methods: tuple       # on magnitudes, that stand beside the networks
                       ) -> dict:            # name -> function that gives redshifts of the test rows
     "What fills each column of the table of predictions."
     train, test = rows["train"], rows["test"]
@@ -162,11 +168,17 @@ def predict_test_part(file: Path,       # the table; what it has not yet is adde
         write_predictions(table, file)
     return table
 
-# %% ../nbs/50_comparison.ipynb #f87f2904
+# %% ../nbs/50_comparison.ipynb #4f5688f3
+def score_column(z_phot: np.ndarray, z_spec: np.ndarray) -> dict: # see `evaluate`
+    "The metrics of a column of predictions; None for each if it is not finite."
+    if np.isfinite(z_phot).all(): return evaluate(z_phot, z_spec)
+    nothing = dict.fromkeys(METRICS)
+    return {"n": len(z_spec), **nothing, "errors": nothing}
+
 def score(table: Table, names: Iterable) -> list: # one dictionary per name
     "Every metric of every column of predictions, with bootstrap errors."
     z_spec = np.asarray(table["z_spec"], dtype=float)
-    return [{"name": name, **evaluate(np.asarray(table[name], dtype=float), z_spec)}
+    return [{"name": name, **score_column(np.asarray(table[name], dtype=float), z_spec)}
             for name in names]
 
 def format_scores(scores: list) -> str:
@@ -174,11 +186,12 @@ def format_scores(scores: list) -> str:
     metrics = ("sigma_mad", "bias", "precision", "mae", "outlier_fraction_005", "r2")
     lines = [f"{'':22}{'n':>6}" + "".join(f"{name:>22}" for name in metrics)]
     for row in scores:
-        cells = [f"{row[name]:>12.5f} ± {row['errors'][name]:.5f}" for name in metrics]
+        cells = ["diverged" if row[name] is None else
+                 f"{row[name]:>12.5f} ± {row['errors'][name]:.5f}" for name in metrics]
         lines.append(f"{row['name']:22}{row['n']:>6}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 
-# %% ../nbs/50_comparison.ipynb #edd9cedf
+# %% ../nbs/50_comparison.ipynb #b8b377c0
 def judgement(low: float, high: float # ends of the interval of a ratio of scatters
              ) -> str:
     "Is the first of two ahead?"
@@ -198,7 +211,7 @@ def verdict(table: Table, networks: tuple) -> str:
     mark = min(MAGNITUDE_METHODS, key=lambda name: sigma_mad(np.asarray(table[name]), z_spec))
     return "\n".join(compare_two(table, networks[0], name) for name in (mark, *networks[1:2]))
 
-# %% ../nbs/50_comparison.ipynb #df48f886
+# %% ../nbs/50_comparison.ipynb #1f355def
 def save_figure(figure: plt.Figure, file: Path):
     "Write a figure as PNG and close it."
     with write_aside(file) as new: figure.savefig(new, format="png", dpi=130, bbox_inches="tight")
@@ -223,7 +236,7 @@ def draw_reconstructions(autoencoder: Trained, stamps: StampSet, rows: np.ndarra
         restored = preprocessing.images.inverse(reconstruct(model, seen, noise))
     return plot_reconstructions(images, mask, restored, n=n, bands=bands)
 
-# %% ../nbs/50_comparison.ipynb #5b7406a8
+# %% ../nbs/50_comparison.ipynb #19feea72
 def draw_losses(runs: dict) -> plt.Figure: # name -> `Trained`
     "The losses of every run, two panels in a row."
     figure, axes = plt.subplots(math.ceil(len(runs)/2), 2, figsize=(9, 2.8*math.ceil(len(runs)/2)))
@@ -241,14 +254,14 @@ def draw_rates(settings: Comparison) -> plt.Figure:
     figure.tight_layout()
     return figure
 
-# %% ../nbs/50_comparison.ipynb #d2802246
+# %% ../nbs/50_comparison.ipynb #3af69ae5
 def draw_figures(folder: Path, stamps: StampSet, rows: dict, settings: Comparison,
                  autoencoder: Trained, networks: dict, predictions: Table):
     "Write every figure of a comparison into its folder."
     z_spec = predictions["z_spec"]
     figures = {f"scatter-{folder_name(name)}":
                density_scatter(z_spec, predictions[name], name).figure
-               for name in [*networks, *MAGNITUDE_METHODS]}
+               for name in [*networks, *magnitude_methods(stamps)]}
     first = next(iter(networks))
     figures["residuals"] = plot_residuals(z_spec, predictions[first]).figure
     figures["reconstructions"] = draw_reconstructions(autoencoder, stamps, rows["test"])
@@ -256,7 +269,7 @@ def draw_figures(folder: Path, stamps: StampSet, rows: dict, settings: Compariso
     figures["losses"] = draw_losses({"pretraining": autoencoder, **networks})
     for name, figure in figures.items(): save_figure(figure, folder/f"{name}.png")
 
-# %% ../nbs/50_comparison.ipynb #87eb0ef2
+# %% ../nbs/50_comparison.ipynb #8042c6cf
 def compare(folder,                        # everything is written here; goes on where it stopped
             settings: Comparison = DEMO,
             stamps=None,                   # folder of a stamp set; None: rendered in it
@@ -270,16 +283,16 @@ def compare(folder,                        # everything is written here; goes on
     rows = split_rows(stamps, settings.experiment, settings.seed)
     autoencoder, networks = train_networks(folder, stamps, rows, settings, device, progress)
     columns = prediction_columns(stamps, rows, networks, settings.views, settings.seed, device,
-                                 progress)
+                                 progress, magnitude_methods(stamps))
     predictions = predict_test_part(folder/"predictions.fits", stamps, rows["test"], columns)
-    scores = score(predictions, [*networks, *MAGNITUDE_METHODS])
+    scores = score(predictions, columns)
     write_json(folder/"metrics.json", scores)
     draw_figures(folder, stamps, rows, settings, autoencoder, networks, predictions)
     best = networks[settings.networks[0]]
     if not (folder/"model").exists(): save_model(folder/"model", best.model, best.preprocessing)
     return scores
 
-# %% ../nbs/50_comparison.ipynb #215df92e
+# %% ../nbs/50_comparison.ipynb #16ef1534
 def finetune_and_score(stamps: StampSet, folder, network: str, settings: FinetuneSettings,
                        experiment: str, pretrained=None, device: str|None = None,
                        in_memory: bool = False) -> str|None:
@@ -298,7 +311,7 @@ def finetune_and_score(stamps: StampSet, folder, network: str, settings: Finetun
     save_figure(figure, folder/"scatter.png")
     return f"{format_scores(scores)}\nThe model, its predictions and its figure are in {folder}"
 
-# %% ../nbs/50_comparison.ipynb #9d75e1bc
+# %% ../nbs/50_comparison.ipynb #7b257ad1
 CLOSING = """
 redshifts and colours are real SDSS, the pixels are simulated
 

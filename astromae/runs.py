@@ -8,23 +8,23 @@ __all__ = ['PLANS', 'NETWORKS', 'LEAST_TRAINING', 'MASK_RATIOS', 'LABEL_FRACTION
            'pretrain_encoders', 'wait_for', 'run_networks', 'run_experiment', 'probe_columns', 'curve_points',
            'run_mask_ratio', 'some_labels', 'run_label_efficiency']
 
-# %% ../nbs/51_runs.ipynb #acf71363
+# %% ../nbs/51_runs.ipynb #a9375fac
 import json
 import platform
 import subprocess
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from astropy.table import Table
-from fastai.torch_core import rank_distrib
+from fastai.torch_core import num_distrib, rank_distrib
 
 import astromae
 from .catalogue import split
-from .comparison import (MAGNITUDE_METHODS, finetune_networks, predict_test_part,
+from .comparison import (finetune_networks, magnitude_methods, predict_test_part,
                                  prediction_columns, score)
 from .dataset import StampSet
 from .errors import InputError, write_json
@@ -34,10 +34,10 @@ from .predict import embed, write_predictions
 from .probes import PROBES
 from .redshift import ARCHITECTURES, architecture
 from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
-                               PretrainSettings, _check_labels, claim_run, match_encoder,
-                               pretrain)
+                               PretrainSettings, check_labels, claim_run, match_encoder,
+                               pretrain, process_device)
 
-# %% ../nbs/51_runs.ipynb #2299976d
+# %% ../nbs/51_runs.ipynb #365b1fa2
 @dataclass(frozen=True)
 class Plan:
     "What is pretrained, fine-tuned and compared; the defaults are the paper's experiment 1."
@@ -58,8 +58,11 @@ class Plan:
             if not given or len(set(given)) < len(given): raise InputError(
                 f"the {what} are {', '.join(map(str, given)) or 'none'}; name at least one, and "
                 "each of them once.")
+        if not all(0 <= seed < 2**32 for seed in self.seeds): raise InputError(
+            f"the seeds are {', '.join(map(str, self.seeds))}; choose numbers from 0 to "
+            f"{2**32 - 1}.")
 
-# %% ../nbs/51_runs.ipynb #427bb516
+# %% ../nbs/51_runs.ipynb #d4fa70a8
 PLANS = {
     "paper": Plan(),
     "gpu-hour": Plan(
@@ -73,7 +76,7 @@ PLANS = {
         finetuning=replace(FINETUNE_PRESETS["demo"], epochs=25, cycle=25, rate=1e-3,
                            batch_size=32))}
 
-# %% ../nbs/51_runs.ipynb #6bd7fae4
+# %% ../nbs/51_runs.ipynb #cfe1e0ba
 NETWORKS = {**dict.fromkeys(EXPERIMENTS, tuple(ARCHITECTURES)),
             "2": ("pcm-AstroMAE", "Henghes et al."),
             "mask-ratio": ("pcm-ViT",),
@@ -95,20 +98,20 @@ def plan_named(name: str = "1",       # one of `NETWORKS`: an experiment or a st
                    networks=tuple(networks) or NETWORKS[name],
                    seeds=tuple(seeds) or PLANS[preset].seeds)
 
-# %% ../nbs/51_runs.ipynb #0bdb240c
+# %% ../nbs/51_runs.ipynb #f9c07a55
 LEAST_TRAINING = 50
 
 def rows_of_seeds(stamps: StampSet, plan: Plan) -> dict: # seed -> rows, see `split_rows`
-    "The parts of every seed; `InputError` where galaxies or redshifts are missing."
+    "The parts of every seed; `InputError` where galaxies, redshifts or magnitudes are missing."
     rows = {seed: split_rows(stamps, plan.experiment, seed) for seed in plan.seeds}
     for parts in rows.values():
-        for part in ("train", "valid", "test"): _check_labels(stamps, parts[part], part)
+        for part in ("train", "valid", "test"): check_labels(stamps, parts[part], part)
         if len(parts["train"]) < LEAST_TRAINING: raise InputError(
             f"{stamps.folder} has {len(stamps)} stamps, which leaves {len(parts['train'])} to "
             f"train on in experiment {plan.experiment}; take a set that leaves {LEAST_TRAINING}.")
     return rows
 
-# %% ../nbs/51_runs.ipynb #e7256c75
+# %% ../nbs/51_runs.ipynb #5f5d36eb
 def git_commit(folder: Path) -> str: # forty hexadecimal digits, or unknown
     "The commit that last changed a folder."
     try: said = subprocess.run(["git", "-C", folder, "log", "-1", "--format=%H", "--", "."],
@@ -118,12 +121,14 @@ def git_commit(folder: Path) -> str: # forty hexadecimal digits, or unknown
 
 def environment(device=None) -> dict: # name -> version, or what it is
     "What a run is made with."
+    device = process_device(device)
+    if device.type == "cuda": device = f"{device}, {torch.cuda.get_device_name(device)}"
     return {"astromae": astromae.__version__, "commit": git_commit(Path(astromae.__file__).parent),
             "python": platform.python_version(), "torch": torch.__version__,
-            "machine": platform.platform(), "device": str(device or "the default"),
-            "threads": torch.get_num_threads()}
+            "machine": platform.platform(), "device": str(device),
+            "processes": max(num_distrib(), 1), "threads": torch.get_num_threads()}
 
-# %% ../nbs/51_runs.ipynb #7044e595
+# %% ../nbs/51_runs.ipynb #bd398864
 def write_split(file: Path, stamps: StampSet, experiment: str, seed: int):
     "Write which part every row of the set is in."
     parts = split(stamps.catalogue, experiment_named(experiment).fractions, seed)
@@ -136,18 +141,20 @@ def begin_run(folder: Path, stamps: StampSet, plan: Plan, device,
               study: str = "experiment", # or mask-ratio, label-efficiency
               values: tuple = ()):       # that the study goes through
     "Claim a run's folder, or check that it belongs to the same run; write what is known by now."
+    selection = stamps.description.get("selection", {})
     set_of_stamps = {"origin": stamps.origin, "n": len(stamps),
                      "checksums": stamps.description["checksums"],
-                     "selection": stamps.description.get("selection", {}).get("rows")}
+                     "selection": selection.get("rows"), "condition": selection.get("condition")}
+    made_with = environment(device)
     claim_run(folder, {"study": study, "values": values, "plan": asdict(plan),
                        "stamps": set_of_stamps, "version": astromae.__version__})
     if rank_distrib(): return
-    if not (file := folder/"environment.json").exists(): write_json(file, environment(device))
+    if not (file := folder/"environment.json").exists(): write_json(file, made_with)
     for seed in plan.seeds:
         if not (file := folder/f"seed-{seed}"/"split.fits").exists():
             write_split(file, stamps, plan.experiment, seed)
 
-# %% ../nbs/51_runs.ipynb #864eeda0
+# %% ../nbs/51_runs.ipynb #4a484e2e
 def pretrained_kinds(networks: tuple) -> list: # of plain and pcm
     "The kinds of encoder that these networks want pretrained."
     wanted = [architecture(name) for name in networks]
@@ -161,7 +168,7 @@ def pretrain_encoders(folder: Path, stamps: StampSet, rows: dict, plan: Plan, se
                            replace(plan.pretraining, seed=seed), **where)
             for kind in pretrained_kinds(plan.networks)}
 
-# %% ../nbs/51_runs.ipynb #7c686af5
+# %% ../nbs/51_runs.ipynb #1d4797a8
 def wait_for(file: Path, seconds: float = 0.5):
     "Return when a file is there; look again after some seconds."
     while not file.exists(): time.sleep(seconds)
@@ -194,7 +201,7 @@ def run_networks(folder: Path,       # networks, predictions and metrics go ther
     write_json(folder/"metrics.json", scores)
     return scores
 
-# %% ../nbs/51_runs.ipynb #1748e925
+# %% ../nbs/51_runs.ipynb #ae1e998b
 def run_experiment(stamps: StampSet,          # labelled where the experiment wants it
                    folder,                    # of the run; goes on where it stopped
                    plan: Plan = Plan(),
@@ -210,24 +217,28 @@ def run_experiment(stamps: StampSet,          # labelled where the experiment wa
         home = folder/f"seed-{seed}"
         autoencoders = pretrain_encoders(home, stamps, rows, plan, seed, where)
         run_networks(home, stamps, rows, plan, plan.networks, seed, autoencoders, where,
-                     MAGNITUDE_METHODS)
+                     magnitude_methods(stamps))
     return folder
 
-# %% ../nbs/51_runs.ipynb #ff135fb7
+# %% ../nbs/51_runs.ipynb #6a279011
 def probe_columns(stamps: StampSet, train: np.ndarray, test: np.ndarray, autoencoders: dict,
                   seed: int, device) -> dict: # name -> function that gives redshifts
     "What the frozen embedding of each autoencoder knows, see `prediction_columns`."
-    def by_probe(probe, trained):
-        known, asked = (embed(trained, stamps, rows=rows, device=device) for rows in (train, test))
+    @cache
+    def embedded(kind):
+        return [embed(autoencoders[kind], stamps, rows=rows, device=device)
+                for rows in (train, test)]
+    def by_probe(probe, kind):
+        known, asked = embedded(kind)
         return probe(known, stamps.redshifts()[train], asked, seed=seed)
-    return {f"{kind} {name}": partial(by_probe, probe, trained)
-            for kind, trained in autoencoders.items() for name, probe in PROBES.items()}
+    return {f"{kind} {name}": partial(by_probe, probe, kind)
+            for kind in autoencoders for name, probe in PROBES.items()}
 
 def curve_points(variant: str, x: float, scores: list, **more) -> list: # one per score
     "The scores of one variant as points of a curve."
     return [{"variant": variant, "x": x, **more, **score} for score in scores]
 
-# %% ../nbs/51_runs.ipynb #cb1b0797
+# %% ../nbs/51_runs.ipynb #0526bd6d
 MASK_RATIOS = (0.25, 0.5, 0.6, 0.75, 0.9)
 
 def run_mask_ratio(stamps: StampSet,
@@ -258,12 +269,12 @@ def run_mask_ratio(stamps: StampSet,
             if not rank_distrib(): write_json(home/"curve.json", curve)
     return folder
 
-# %% ../nbs/51_runs.ipynb #d0226d73
+# %% ../nbs/51_runs.ipynb #8086578b
 def some_labels(stamps: StampSet, train: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     "The training rows of a fraction of the galaxies; a larger fraction has them too."
     return train[split(stamps.catalogue[train], {"labels": fraction}, seed)["labels"]]
 
-# %% ../nbs/51_runs.ipynb #e75bc8bd
+# %% ../nbs/51_runs.ipynb #749214f2
 LABEL_FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.)
 
 def run_label_efficiency(stamps: StampSet,
@@ -300,5 +311,5 @@ def run_label_efficiency(stamps: StampSet,
             if not rank_distrib(): write_json(home/"curve.json", curve)
     return folder
 
-# %% ../nbs/51_runs.ipynb #cc4fbf6e
+# %% ../nbs/51_runs.ipynb #b7871e33
 STUDIES = {"mask-ratio": run_mask_ratio, "label-efficiency": run_label_efficiency}

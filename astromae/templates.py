@@ -6,7 +6,7 @@
 __all__ = ['REDSHIFTS', 'MOST_REDSHIFT', 'MODEL_ERROR', 'SDSS_TO_AB', 'galaxy_templates', 'template_fluxes', 'chi_squared',
            'calibrate', 'redshift_prior', 'fit_templates', 'asinh_mag_to_flux', 'template_fit']
 
-# %% ../nbs/34_templates.ipynb #1294ab7a
+# %% ../nbs/34_templates.ipynb #89101c96
 from functools import lru_cache
 
 import numpy as np
@@ -17,21 +17,21 @@ from scipy.ndimage import gaussian_filter
 from scipy.optimize import nnls
 from speclite.filters import load_filters
 
-from .baselines import _features
+from .baselines import checked_features
 from .errors import InputError
 from .metrics import check_redshifts
-from .simulate import _packaged
+from .simulate import packaged_table
 from .survey import ASINH_SOFTENING, BANDS
 
-# %% ../nbs/34_templates.ipynb #eac4fcfe
+# %% ../nbs/34_templates.ipynb #be02c58c
 @lru_cache(maxsize=1)
 def galaxy_templates() -> tuple: # wavelengths (W,) in Angstrom, flux per wavelength (6, W)
     "The templates, each 1 at 5500 Angstrom; the last is the luminous red galaxy."
-    five, red = _packaged("galaxy_spectra.fits.gz"), _packaged("early_type_spectrum.fits")
+    five, red = packaged_table("galaxy_spectra.fits.gz"), packaged_table("early_type_spectrum.fits")
     flux = np.vstack([np.asarray(five["flux"]).T, red["flux"]]).astype(float)
     return np.asarray(five["wavelength"], float), flux
 
-# %% ../nbs/34_templates.ipynb #3c56a7cf
+# %% ../nbs/34_templates.ipynb #a76b1275
 REDSHIFTS = np.linspace(0, 0.6, 121)
 MOST_REDSHIFT = 1.1
 
@@ -55,7 +55,7 @@ def template_fluxes(redshifts: np.ndarray = REDSHIFTS, # (Z,), from 0 to 1.1
                          "less; the templates do not reach farther into the ultraviolet.")
     return _template_fluxes(tuple(redshifts.tolist()))
 
-# %% ../nbs/34_templates.ipynb #d2693851
+# %% ../nbs/34_templates.ipynb #bc10dd42
 def chi_squared(fluxes: np.ndarray,      # (N, 5) nanomaggies, AB, dereddened
                 flux_errors: np.ndarray, # (N, 5) infinite where a band is not to be used
                 templates: np.ndarray    # (Z, 5, K) from `template_fluxes`
@@ -66,7 +66,7 @@ def chi_squared(fluxes: np.ndarray,      # (N, 5) nanomaggies, AB, dereddened
         row[:] = [nnls(one, flux/error)[1] for one in templates/error[:, None]]
     return fitted**2
 
-# %% ../nbs/34_templates.ipynb #8e22cdb3
+# %% ../nbs/34_templates.ipynb #9270523b
 MODEL_ERROR = np.array([0.05, 0.02, 0.02, 0.02, 0.03])          # of the flux
 SDSS_TO_AB = 10**(0.4*np.array([0.04, 0., 0., 0., -0.02]))      # factors for SDSS's fluxes
 
@@ -91,7 +91,7 @@ def _scaled(fluxes, errors, factors, model_error=MODEL_ERROR) -> tuple:
     "Calibrated fluxes, and their errors with the model's."
     return fluxes*factors, np.hypot(errors, model_error*abs(fluxes))*factors
 
-# %% ../nbs/34_templates.ipynb #a8347b8a
+# %% ../nbs/34_templates.ipynb #892bbbd8
 def calibrate(fluxes: np.ndarray,         # (N, 5) SDSS, nanomaggies, dereddened
               flux_errors: np.ndarray,    # (N, 5) nanomaggies
               z_spec: np.ndarray,         # (N,) redshifts, below 1.1
@@ -122,7 +122,7 @@ def calibrate(fluxes: np.ndarray,         # (N, 5) SDSS, nanomaggies, dereddened
         if abs(2.5*np.log10(step/step[2])).max() < 0.01: break
     return factors
 
-# %% ../nbs/34_templates.ipynb #0a9d1db3
+# %% ../nbs/34_templates.ipynb #7cb2e8a1
 def redshift_prior(train_r: np.ndarray,                # (N,) dereddened magnitude in r
                    train_z: np.ndarray,                # (N,) redshifts
                    r: np.ndarray,                      # (M,) of the galaxies to be fitted
@@ -137,7 +137,7 @@ def redshift_prior(train_r: np.ndarray,                # (N,) dereddened magnitu
     shares = 0.99*smoothed/smoothed.sum(axis=1, keepdims=True) + 0.01/len(redshifts)
     return shares[(np.digitize(r, r_edges) - 1).clip(0, len(shares) - 1)]
 
-# %% ../nbs/34_templates.ipynb #054084ba
+# %% ../nbs/34_templates.ipynb #d4d336e8
 def _percentile(p: np.ndarray,         # (N, Z) each row adds up to 1
                 redshifts: np.ndarray, # (Z,) in even steps
                 share: float           # 0.5 for the median
@@ -149,7 +149,7 @@ def _percentile(p: np.ndarray,         # (N, Z) each row adds up to 1
     inside = 0.5 + (share - upto[rows, at])/p[rows, at]
     return (redshifts[at] + inside*(redshifts[1] - redshifts[0])).clip(redshifts[0], redshifts[-1])
 
-# %% ../nbs/34_templates.ipynb #0cc82911
+# %% ../nbs/34_templates.ipynb #2a1cec2a
 def fit_templates(fluxes: np.ndarray,                       # (N, 5) SDSS, nanomaggies, dereddened
                   flux_errors: np.ndarray,                  # (N, 5) infinite: band not used
                   factors: np.ndarray = SDSS_TO_AB,         # (5,) for the fluxes, see `calibrate`
@@ -172,7 +172,7 @@ def fit_templates(fluxes: np.ndarray,                       # (N, 5) SDSS, nanom
     return Table({"z_phot": middle, "z_error": (high - low)/2, "z_peak": redshifts[peak],
                   "chi2": fitted[np.arange(len(p)), peak]})
 
-# %% ../nbs/34_templates.ipynb #9bb66c31
+# %% ../nbs/34_templates.ipynb #be2230e5
 def asinh_mag_to_flux(magnitudes: np.ndarray, # (..., 5) SDSS's asinh magnitudes, bands last
                       errors: np.ndarray      # (..., 5) their errors, mag
                      ) -> tuple:              # fluxes and their errors (..., 5), nanomaggies
@@ -181,7 +181,7 @@ def asinh_mag_to_flux(magnitudes: np.ndarray, # (..., 5) SDSS's asinh magnitudes
     flux = softness*np.sinh(-scale*np.asarray(magnitudes) - np.log(ASINH_SOFTENING))
     return flux, scale*np.asarray(errors)*np.hypot(flux, softness)
 
-# %% ../nbs/34_templates.ipynb #ce0f5cd1
+# %% ../nbs/34_templates.ipynb #32dc4520
 def template_fit(train_magnitudes: np.ndarray,          # (N, 5) dereddened, AB mag
                  train_redshifts: np.ndarray,           # (N,)
                  test_magnitudes: np.ndarray,           # (M, 5) dereddened, AB mag
@@ -191,7 +191,7 @@ def template_fit(train_magnitudes: np.ndarray,          # (N, 5) dereddened, AB 
                  prior: bool = True                     # use how far galaxies of a magnitude are
                 ) -> np.ndarray:                        # predicted redshifts, (M,)
     "Redshifts by template fitting, calibrated on training galaxies."
-    _, z_spec, _ = _features(train_magnitudes, train_redshifts, test_magnitudes, "ugriz")
+    _, z_spec, _ = checked_features(train_magnitudes, train_redshifts, test_magnitudes, "ugriz")
     given = []
     for part, magnitudes, errors in (("training", train_magnitudes, train_errors),
                                      ("test", test_magnitudes, test_errors)):

@@ -7,9 +7,10 @@ __all__ = ['PRETRAIN_PRESETS', 'FINETUNE_PRESETS', 'LOSSES', 'Trained', 'Pretrai
            'normalised_absolute_error', 'SeedEpoch', 'ImageRate', 'History', 'optimizer_tensors', 'restore_optimizer',
            'Checkpoint', 'load_checkpoint', 'process_device', 'rank_and_world', 'make_loaders', 'describe_data',
            'check_run', 'claim_run', 'make_learner', 'train_phase', 'autoencoder_loss', 'load_trained', 'pretrain',
-           'redshift_scale', 'match_encoder', 'weights_digest', 'finetune']
+           'redshift_scale', 'match_encoder', 'check_labels', 'weights_digest', 'finetune']
 
-# %% ../nbs/21_training.ipynb #8257e369
+# %% ../nbs/21_training.ipynb #7d6f9de7
+import gc
 import hashlib, json, time
 from collections import namedtuple
 from contextlib import closing
@@ -43,7 +44,7 @@ from .models import Preprocessing, check_bands, load_model, save_model
 from .redshift import RedshiftConfig, RedshiftNetwork, transfer_encoder
 from .schedules import decaying_restarts, warmup_cosine
 
-# %% ../nbs/21_training.ipynb #35cfaca2
+# %% ../nbs/21_training.ipynb #e450acbf
 @dataclass(frozen=True)
 class PretrainSettings:
     "How the masked autoencoder is trained; the defaults are the paper's."
@@ -60,7 +61,7 @@ class PretrainSettings:
     checkpoint_every: int = 10           # epochs [ours]
     seed: int = 42
 
-# %% ../nbs/21_training.ipynb #63e2cd5a
+# %% ../nbs/21_training.ipynb #cbd7c1df
 @dataclass(frozen=True)
 class FinetuneSettings:
     "How the redshift network is trained; the defaults are the paper's."
@@ -83,7 +84,7 @@ class FinetuneSettings:
     checkpoint_every: int = 10           # epochs [ours]
     seed: int = 42
 
-# %% ../nbs/21_training.ipynb #10a78a31
+# %% ../nbs/21_training.ipynb #268fd27c
 PRETRAIN_PRESETS = {
     "paper": PretrainSettings(),
     "demo": PretrainSettings(epochs=5, batch_size=128, peak_rate=1e-3, warmup_epochs=1,
@@ -96,14 +97,14 @@ FINETUNE_PRESETS = {
                              scale_redshift=True, whole_image_statistics=True),
 }
 
-# %% ../nbs/21_training.ipynb #35b772dc
+# %% ../nbs/21_training.ipynb #fa605083
 def schedule_of(settings: PretrainSettings|FinetuneSettings): # a function of the fraction done
     "The learning-rate schedule that a phase's settings describe."
     if isinstance(settings, PretrainSettings):
         return warmup_cosine(settings.epochs, settings.warmup_epochs, settings.peak_rate)
     return decaying_restarts(settings.epochs, settings.rate, settings.cycle, settings.decay)
 
-# %% ../nbs/21_training.ipynb #f3630246
+# %% ../nbs/21_training.ipynb #e1f59315
 def normalised_absolute_error(prediction: torch.Tensor, # (B,) predicted redshift
                               z_spec: torch.Tensor      # (B,) spectroscopic redshift
                              ) -> torch.Tensor:         # scalar
@@ -112,7 +113,7 @@ def normalised_absolute_error(prediction: torch.Tensor, # (B,) predicted redshif
 
 LOSSES = {"mse": F.mse_loss, "absolute": F.l1_loss, "normalised": normalised_absolute_error}
 
-# %% ../nbs/21_training.ipynb #947b9a69
+# %% ../nbs/21_training.ipynb #801e0d91
 class SeedEpoch(Callback):
     "Make every epoch draw the same random numbers in every run with the same seed."
     order = -20
@@ -125,7 +126,7 @@ class SeedEpoch(Callback):
         self._seed(self.epoch + 1)
     def before_validate(self): self._seed(0)
 
-# %% ../nbs/21_training.ipynb #849ddf13
+# %% ../nbs/21_training.ipynb #fa56ad60
 class ImageRate(Callback):
     "One progress bar for the whole phase: images, their rate, and the loss."
     order = 60
@@ -144,7 +145,7 @@ class ImageRate(Callback):
         "Take the bar away, also when the training was broken off."
         if hasattr(self, "bar"): self.bar.close()
 
-# %% ../nbs/21_training.ipynb #c9fc4245
+# %% ../nbs/21_training.ipynb #ec32be1f
 class History(Callback):
     "Write the losses, the learning rate and the time of every epoch to a CSV file."
     order = 61
@@ -161,7 +162,7 @@ class History(Callback):
                           "rate": self.opt.hypers[-1]["lr"], "seconds": time.time() - self.begun})
         with write_aside(self.file) as new: pd.DataFrame(self.rows).to_csv(new, index=False)
 
-# %% ../nbs/21_training.ipynb #b26145e2
+# %% ../nbs/21_training.ipynb #2bdcb72e
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict: # name -> tensor
     "The state of an optimizer as a flat dictionary of tensors."
     state = optimizer.state_dict()["state"]
@@ -178,7 +179,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, # with the parameters of
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-# %% ../nbs/21_training.ipynb #01fb83a1
+# %% ../nbs/21_training.ipynb #2207aa99
 class Checkpoint(Callback):
     "Write weights, optimizer and the number of finished epochs, every few epochs."
     order = 65
@@ -202,7 +203,7 @@ def load_checkpoint(folder: Path, learner: Learner) -> int: # epochs that are fi
     restore_optimizer(learner.opt.opt, load_file(folder/"optimizer.safetensors"))
     return json.loads((folder/"checkpoint.json").read_text())["finished_epochs"]
 
-# %% ../nbs/21_training.ipynb #161448dc
+# %% ../nbs/21_training.ipynb #58121398
 def process_device(name: str|None = None) -> torch.device: # None: this process's GPU, else the CPU
     "The device of this process: with several processes and GPUs, each has its own."
     return PartialState().device if name is None and num_distrib() else select_device(name)
@@ -211,13 +212,14 @@ def rank_and_world() -> tuple: # this process's number, and how many there are
     "Which process this is, of how many."
     return rank_distrib(), max(num_distrib(), 1)
 
-# %% ../nbs/21_training.ipynb #7f6f5370
+# %% ../nbs/21_training.ipynb #249f75d6
 def make_loaders(stamps: StampSet, rows: np.ndarray, valid_rows: np.ndarray,
                  targets: str,                 # images or redshift
                  preprocessing: Preprocessing, # crop and normalisation
                  settings,                     # `PretrainSettings` or `FinetuneSettings`
                  device, in_memory: bool) -> tuple: # training and validation `BatchLoader`
     "This process's loaders of a phase."
+    gc.collect()
     rank, world = rank_and_world()
     common = dict(batch_size=settings.batch_size//world, targets=targets, size=preprocessing.size,
                   normalisation=preprocessing.images, rank=rank, world=world, seed=settings.seed,
@@ -228,7 +230,7 @@ def make_loaders(stamps: StampSet, rows: np.ndarray, valid_rows: np.ndarray,
                         interpolation=settings.interpolation, **common),
             BatchLoader(stamps, valid_rows, train=False, **common))
 
-# %% ../nbs/21_training.ipynb #d7c3cb83
+# %% ../nbs/21_training.ipynb #80b272f0
 def describe_data(stamps: StampSet, train_rows: np.ndarray, valid_rows: np.ndarray) -> dict:
     "What identifies the data of a run: the set's checksums, which part of it, and the rows."
     return {"checksums": stamps.description["checksums"],
@@ -236,7 +238,7 @@ def describe_data(stamps: StampSet, train_rows: np.ndarray, valid_rows: np.ndarr
             "train_rows": [len(train_rows), digest_rows(train_rows)],
             "valid_rows": [len(valid_rows), digest_rows(valid_rows)]}
 
-# %% ../nbs/21_training.ipynb #3f675321
+# %% ../nbs/21_training.ipynb #c7ce3d11
 def _differences(old: dict, new: dict, prefix: str = "") -> list:
     "Names and values that two nested dictionaries do not share."
     found = []
@@ -244,6 +246,8 @@ def _differences(old: dict, new: dict, prefix: str = "") -> list:
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += _differences(a, b, f"{prefix}{key}.")
+        elif key not in new: found.append(f"{prefix}{key} is only there")
+        elif key not in old: found.append(f"{prefix}{key} is only here")
         elif a != b: found.append(f"{prefix}{key} is {a} there and {b} here")
     return found
 
@@ -262,7 +266,7 @@ def claim_run(folder: Path, description: dict):
     if (folder/"run.json").exists() or rank_distrib(): return
     write_json(folder/"run.json", description)
 
-# %% ../nbs/21_training.ipynb #1893362d
+# %% ../nbs/21_training.ipynb #0ea91d9e
 def make_learner(model, loaders, loss, settings) -> Learner:
     "A fastai `Learner` with the paper's AdamW and no callbacks but the recorder."
     adamw = partial(OptimWrapper, opt=torch.optim.AdamW, betas=settings.betas, fused=True)
@@ -273,7 +277,7 @@ def make_learner(model, loaders, loss, settings) -> Learner:
     learner.logger = lambda *args: None
     return learner
 
-# %% ../nbs/21_training.ipynb #a14835b6
+# %% ../nbs/21_training.ipynb #ea3f2dc9
 def train_phase(model,            # on the device
                 loaders,          # training and validation `BatchLoader`
                 loss,             # of (prediction, target)
@@ -294,7 +298,7 @@ def train_phase(model,            # on the device
         with learner.distrib_ctx(sync_bn=loaders[0].device.type == "cuda"), closing(bar):
             learner.fit(settings.epochs, cbs=[*callbacks, *cbs], start_epoch=start)
 
-# %% ../nbs/21_training.ipynb #eba0598e
+# %% ../nbs/21_training.ipynb #a5391fd3
 def autoencoder_loss(output, images):
     "The loss that a `MaskedAutoencoder` returns first; the images are its own target."
     return output[0]
@@ -316,7 +320,7 @@ def _finish(folder: Path, model, preprocessing: Preprocessing) -> Trained:
     distrib_barrier()
     return load_trained(folder)
 
-# %% ../nbs/21_training.ipynb #3ba967f4
+# %% ../nbs/21_training.ipynb #83b51d35
 def pretrain(stamps: StampSet,                  # images; redshifts are not looked at
              rows: np.ndarray,                  # row numbers to train on
              watch_rows: np.ndarray,            # row numbers to watch the loss on
@@ -347,13 +351,13 @@ def pretrain(stamps: StampSet,                  # images; redshifts are not look
                 progress, cbs)
     return _finish(folder, autoencoder, preprocessing)
 
-# %% ../nbs/21_training.ipynb #1b670725
+# %% ../nbs/21_training.ipynb #87119480
 def redshift_scale(stamps: StampSet, rows: np.ndarray) -> dict: # fields of a `RedshiftConfig`
     "Mean and standard deviation of the redshifts of the training rows."
     z_spec = stamps.redshifts()[rows]
     return {"redshift_mean": float(z_spec.mean()), "redshift_std": float(z_spec.std())}
 
-# %% ../nbs/21_training.ipynb #26b881b9
+# %% ../nbs/21_training.ipynb #9836ff26
 def match_encoder(network: RedshiftConfig,       # an architecture
                   autoencoder: MAEConfig         # that of the pretrained weights
                  ) -> RedshiftConfig:            # the same, with the autoencoder's sizes
@@ -361,16 +365,18 @@ def match_encoder(network: RedshiftConfig,       # an architecture
     sizes = {field.name: getattr(autoencoder, field.name) for field in fields(EncoderConfig)}
     return replace(network, **{**sizes, "encoder": network.encoder})
 
-# %% ../nbs/21_training.ipynb #c289783b
-def _check_labels(stamps: StampSet, rows: np.ndarray, part: str):
-    "Refuse rows without a spectroscopic redshift."
-    missing = rows[~stamps.labelled[rows]]
-    if len(missing):
-        raise InputError(f"{stamps.folder}/catalogue.fits has no z_spec in {len(missing)} of the "
-                         f"{len(rows)} {part} rows (the first is row {missing[0]}); "
-                         "fine-tune on labelled galaxies only.")
+# %% ../nbs/21_training.ipynb #246bab3c
+def check_labels(stamps: StampSet, rows: np.ndarray, part: str): # training, validation or test
+    "Refuse rows without a spectroscopic redshift or without magnitudes."
+    complete = {"z_spec": stamps.labelled, "mag_*": np.isfinite(stamps.magnitudes()).all(axis=1)}
+    for columns, there in complete.items():
+        missing = rows[~there[rows]]
+        if len(missing):
+            raise InputError(f"{stamps.folder}/catalogue.fits has no {columns} in {len(missing)} "
+                             f"of the {len(rows)} {part} rows (the first is row {missing[0]}); "
+                             "leave them out with --where, or mend them.")
 
-# %% ../nbs/21_training.ipynb #957df430
+# %% ../nbs/21_training.ipynb #c3a0b890
 def weights_digest(model: torch.nn.Module) -> str: # sixteen hexadecimal digits
     "A short fingerprint of all weights of a model."
     digest = hashlib.sha256()
@@ -379,7 +385,7 @@ def weights_digest(model: torch.nn.Module) -> str: # sixteen hexadecimal digits
         digest.update(tensor.detach().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/21_training.ipynb #09eace5a
+# %% ../nbs/21_training.ipynb #f8784cfe
 def _adapted(network: RedshiftConfig, stamps, rows, settings, autoencoder) -> RedshiftConfig:
     "A network with the set's bands, the autoencoder's sizes, and the scale of the redshifts."
     network = replace(network, channels=len(stamps.bands))
@@ -388,7 +394,7 @@ def _adapted(network: RedshiftConfig, stamps, rows, settings, autoencoder) -> Re
         network = match_encoder(network, autoencoder.model.config)
     return replace(network, **redshift_scale(stamps, rows)) if settings.scale_redshift else network
 
-# %% ../nbs/21_training.ipynb #8b2b8ac9
+# %% ../nbs/21_training.ipynb #be5f3e27
 def finetune(stamps: StampSet,                  # images, magnitudes, redshifts
              rows: np.ndarray,                  # row numbers to train on
              valid_rows: np.ndarray,            # row numbers to watch the loss on
@@ -404,7 +410,7 @@ def finetune(stamps: StampSet,                  # images, magnitudes, redshifts
     "Train a redshift network on labelled galaxies."
     folder, device = Path(folder), process_device(device)
     for part, part_rows in (("training", rows), ("validation", valid_rows)):
-        _check_labels(stamps, part_rows, part)
+        check_labels(stamps, part_rows, part)
     autoencoder = load_trained(pretrained, "MaskedAutoencoder") if pretrained is not None else None
     if network.encoder != "none" and network.frozen and autoencoder is None:
         raise InputError("the network has a frozen encoder, but no pretrained one was given; "

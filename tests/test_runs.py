@@ -96,7 +96,7 @@ def test_experiment_1_on_a_small_cube(stamps, first):
 
 
 def test_experiment_2_on_a_small_cube_has_its_networks_and_noise(stamps, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "MAGNITUDE_METHODS", ("k nearest neighbours",)) # the others take time
+    monkeypatch.setattr(comparison, "MAGNITUDE_METHODS", ("k nearest neighbours",)) # the others take time
     plan = replace(TINY, experiment="2", networks=NETWORKS["2"])
     home = run_experiment(stamps, tmp_path/"second", plan, **QUIET)/"seed-42"
     assert Table.read(home/"predictions.fits").colnames[5:] == [
@@ -212,6 +212,22 @@ def test_missing_labels_are_named_before_anything_is_trained(stamps, tmp_path, p
     stamps.catalogue["z_spec"][row] = np.nan
     try: refused(f"{part} rows (the first is row {row})", stamps, tmp_path/"run")
     finally: stamps.catalogue["z_spec"][row] = z
+
+
+def test_missing_magnitudes_are_named_before_anything_is_trained(stamps, tmp_path):
+    row = split_rows(stamps, "1", 42)["test"][3]
+    stamps = StampSet(stamps.folder, stamps.images, stamps.catalogue.copy(), stamps.description)
+    stamps.catalogue["mag_u"][row] = np.nan
+    with pytest.raises(InputError, match=f"no mag_\\* in 1 of the 15 test rows .*row {row}"):
+        run_experiment(stamps, tmp_path/"run", TINY, **QUIET)
+    assert not (tmp_path/"run").exists()
+
+
+def test_methods_on_magnitudes_know_the_bands_of_sdss_only(stamps, tmp_path):
+    assert comparison.magnitude_methods(stamps) == MAGNITUDE_METHODS
+    other = StampSet(stamps.folder, stamps.images, stamps.catalogue,
+                     {**stamps.description, "bands": list("grizy")})
+    assert comparison.magnitude_methods(other) == ()
 
 
 def test_unlabelled_galaxies_need_no_labels(stamps, tmp_path):
