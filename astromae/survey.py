@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['BANDS', 'PIXEL_SCALE', 'ZERO_POINT', 'SKY_NOISE', 'GAIN', 'PSF_FWHM', 'PSF_WING_HEIGHT', 'PSF_WING_WIDTH',
            'PSF_SCATTER', 'PSF_CORRELATION', 'SKY_NOISE_SCATTER', 'ASINH_SOFTENING', 'EXTINCTION_PER_EBV',
-           'EXTINCTION_PER_EBV_DR13', 'flux_to_mag', 'mag_to_flux', 'flux_to_asinh_mag', 'asinh_mag_error',
-           'extinction_per_ebv', 'frame_name', 'frame_url', 'find_frame', 'check_frame', 'fetch_frames']
+           'EXTINCTION_PER_EBV_DR13', 'FRAME_MEGABYTES', 'flux_to_mag', 'mag_to_flux', 'flux_to_asinh_mag',
+           'asinh_mag_error', 'extinction_per_ebv', 'frame_name', 'frame_url', 'find_frame', 'check_frame',
+           'fetch_frames']
 
 # %% ../nbs/00_survey.ipynb #923eec7e
 import bz2, io, re, warnings
@@ -165,6 +166,8 @@ def _fields(catalogue: Table) -> list[tuple[int, ...]]:
     return [tuple(row) for row in np.unique(table.astype(int), axis=0).tolist()]
 
 # %% ../nbs/00_survey.ipynb #92294df1
+FRAME_MEGABYTES = 3.4 # packed, mean of ten frames of two fields
+
 def fetch_frames(catalogue: Table,          # needs run, camcol, field
                  folder,                    # where frames are, and come
                  bands: Iterable[str] = BANDS,
@@ -187,5 +190,8 @@ def fetch_frames(catalogue: Table,          # needs run, camcol, field
             place = (band, run, camcol, field, rerun)
             wanted.append(RemoteFile(frame_name(*place[:4]), frame_url(*place, server, release),
                                      find_frame(folder, *place)))
+    missing = sum(frame.found is None for frame in wanted)
+    if progress and missing: print(f"{missing:,} frames to fetch, about "
+                                   f"{missing*FRAME_MEGABYTES/1000:,.1f} GB")
     return fetch_files(wanted, folder, check_frame, parallel, retries,
                        (timeout or conf.timeout,)*2, progress, "fetching frames")
