@@ -3,7 +3,7 @@
 # make docs         the documentation site in _docs/, and README.md
 # make bench        the measured figures of the documentation, but the accuracy
 # make accuracy     three seeds of the networks on 7,000 galaxies (hours on two cores)
-# make experiments  all networks with three seeds, and two studies, for nbs/results/ (a night on two cores)
+# make experiments  all networks with three seeds, and three studies, for nbs/results/ (a night on two cores)
 # make lab          JupyterLab on the notebooks
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -59,8 +59,9 @@ experiments: env
 	@test -d bench/stamps || $(BIN)/astromae simulate bench/stamps
 	@$(EXPERIMENT) demo $(SMALL) --out bench/fourteen-networks --seed 42 --seed 43 --seed 44
 	@$(EXPERIMENT) mask-ratio $(SMALL) --out bench/mask-ratio --parts demo
+	@$(EXPERIMENT) encoder $(SMALL) --out bench/encoder --parts demo
 	@$(EXPERIMENT) label-efficiency $(SMALL) --out bench/label-efficiency --parts demo
-	@for run in fourteen-networks mask-ratio label-efficiency; do \
+	@for run in fourteen-networks mask-ratio encoder label-efficiency; do \
 	  $(BIN)/astromae report bench/$$run && mkdir -p nbs/results/$$run && \
 	  cp -R bench/$$run/report.md bench/$$run/figures nbs/results/$$run/ || exit; \
 	done

@@ -261,7 +261,7 @@ def finetune_verb(
 @app.command("experiment")
 def experiment_verb(
     name: Annotated[str, typer.Argument(
-        help="1 or 2 (the paper), demo, accuracy, mask-ratio, label-efficiency")],
+        help="1 or 2 (the paper), demo, accuracy; mask-ratio, encoder, label-efficiency")],
     data: Annotated[Path, typer.Option(help="folder of a stamp set")],
     out: Annotated[Path, typer.Option(help="folder of the run; goes on where it stopped")],
     preset: Annotated[str, typer.Option(help="paper, gpu-hour or two-cores")] = "paper",

@@ -6,9 +6,10 @@
 __all__ = ['PLANS', 'NETWORKS', 'LEAST_TRAINING', 'MASK_RATIOS', 'LABEL_FRACTIONS', 'STUDIES', 'Plan', 'plan_named',
            'rows_of_seeds', 'git_commit', 'environment', 'write_split', 'begin_run', 'pretrained_kinds',
            'pretrain_encoders', 'wait_for', 'run_networks', 'run_experiment', 'probe_columns', 'curve_points',
-           'run_mask_ratio', 'some_labels', 'run_label_efficiency']
+           'run_pretrainings', 'run_mask_ratio', 'encoder_variants', 'run_encoder', 'some_labels',
+           'run_label_efficiency']
 
-# %% ../nbs/51_runs.ipynb #a9375fac
+# %% ../nbs/51_runs.ipynb #7ec2640e
 import json
 import platform
 import subprocess
@@ -37,7 +38,7 @@ from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
                                PretrainSettings, check_labels, claim_run, match_encoder,
                                pretrain, process_device)
 
-# %% ../nbs/51_runs.ipynb #365b1fa2
+# %% ../nbs/51_runs.ipynb #22a43ca2
 @dataclass(frozen=True)
 class Plan:
     "What is pretrained, fine-tuned and compared; the defaults are the paper's experiment 1."
@@ -62,7 +63,7 @@ class Plan:
             f"the seeds are {', '.join(map(str, self.seeds))}; choose numbers from 0 to "
             f"{2**32 - 1}.")
 
-# %% ../nbs/51_runs.ipynb #d4fa70a8
+# %% ../nbs/51_runs.ipynb #5d7b38c6
 PLANS = {
     "paper": Plan(),
     "gpu-hour": Plan(
@@ -76,10 +77,10 @@ PLANS = {
         finetuning=replace(FINETUNE_PRESETS["demo"], epochs=25, cycle=25, rate=1e-3,
                            batch_size=32))}
 
-# %% ../nbs/51_runs.ipynb #cfe1e0ba
+# %% ../nbs/51_runs.ipynb #2e05848f
 NETWORKS = {**dict.fromkeys(EXPERIMENTS, tuple(ARCHITECTURES)),
             "2": ("pcm-AstroMAE", "Henghes et al."),
-            "mask-ratio": ("pcm-ViT",),
+            "mask-ratio": ("pcm-ViT",), "encoder": ("pcm-ViT",),
             "label-efficiency": ("pcm-ViT", "from-scratch pcm-ViT")}
 
 def plan_named(name: str = "1",       # one of `NETWORKS`: an experiment or a study
@@ -98,7 +99,7 @@ def plan_named(name: str = "1",       # one of `NETWORKS`: an experiment or a st
                    networks=tuple(networks) or NETWORKS[name],
                    seeds=tuple(seeds) or PLANS[preset].seeds)
 
-# %% ../nbs/51_runs.ipynb #f9c07a55
+# %% ../nbs/51_runs.ipynb #101b7535
 LEAST_TRAINING = 50
 
 def rows_of_seeds(stamps: StampSet, plan: Plan) -> dict: # seed -> rows, see `split_rows`
@@ -111,7 +112,7 @@ def rows_of_seeds(stamps: StampSet, plan: Plan) -> dict: # seed -> rows, see `sp
             f"train on in experiment {plan.experiment}; take a set that leaves {LEAST_TRAINING}.")
     return rows
 
-# %% ../nbs/51_runs.ipynb #5f5d36eb
+# %% ../nbs/51_runs.ipynb #877e2a19
 def git_commit(folder: Path) -> str: # forty hexadecimal digits, or unknown
     "The commit that last changed a folder."
     try: said = subprocess.run(["git", "-C", folder, "log", "-1", "--format=%H", "--", "."],
@@ -128,7 +129,7 @@ def environment(device=None) -> dict: # name -> version, or what it is
             "machine": platform.platform(), "device": str(device),
             "processes": max(num_distrib(), 1), "threads": torch.get_num_threads()}
 
-# %% ../nbs/51_runs.ipynb #bd398864
+# %% ../nbs/51_runs.ipynb #03b5f5da
 def write_split(file: Path, stamps: StampSet, experiment: str, seed: int):
     "Write which part every row of the set is in."
     parts = split(stamps.catalogue, experiment_named(experiment).fractions, seed)
@@ -154,7 +155,7 @@ def begin_run(folder: Path, stamps: StampSet, plan: Plan, device,
         if not (file := folder/f"seed-{seed}"/"split.fits").exists():
             write_split(file, stamps, plan.experiment, seed)
 
-# %% ../nbs/51_runs.ipynb #4a484e2e
+# %% ../nbs/51_runs.ipynb #b3906262
 def pretrained_kinds(networks: tuple) -> list: # of plain and pcm
     "The kinds of encoder that these networks want pretrained."
     wanted = [architecture(name) for name in networks]
@@ -168,7 +169,7 @@ def pretrain_encoders(folder: Path, stamps: StampSet, rows: dict, plan: Plan, se
                            replace(plan.pretraining, seed=seed), **where)
             for kind in pretrained_kinds(plan.networks)}
 
-# %% ../nbs/51_runs.ipynb #1d4797a8
+# %% ../nbs/51_runs.ipynb #05984559
 def wait_for(file: Path, seconds: float = 0.5):
     "Return when a file is there; look again after some seconds."
     while not file.exists(): time.sleep(seconds)
@@ -201,7 +202,7 @@ def run_networks(folder: Path,       # networks, predictions and metrics go ther
     write_json(folder/"metrics.json", scores)
     return scores
 
-# %% ../nbs/51_runs.ipynb #ae1e998b
+# %% ../nbs/51_runs.ipynb #6e8742c2
 def run_experiment(stamps: StampSet,          # labelled where the experiment wants it
                    folder,                    # of the run; goes on where it stopped
                    plan: Plan = Plan(),
@@ -220,7 +221,7 @@ def run_experiment(stamps: StampSet,          # labelled where the experiment wa
                      magnitude_methods(stamps))
     return folder
 
-# %% ../nbs/51_runs.ipynb #6a279011
+# %% ../nbs/51_runs.ipynb #1b5b469e
 def probe_columns(stamps: StampSet, train: np.ndarray, test: np.ndarray, autoencoders: dict,
                   seed: int, device) -> dict: # name -> function that gives redshifts
     "What the frozen embedding of each autoencoder knows, see `prediction_columns`."
@@ -238,7 +239,32 @@ def curve_points(variant: str, x: float, scores: list, **more) -> list: # one pe
     "The scores of one variant as points of a curve."
     return [{"variant": variant, "x": x, **more, **score} for score in scores]
 
-# %% ../nbs/51_runs.ipynb #0526bd6d
+# %% ../nbs/51_runs.ipynb #b4986feb
+def run_pretrainings(stamps: StampSet, folder, study: str,
+                     plan: Plan,      # of all
+                     plans: dict,     # value of the study -> plan
+                     device, progress: bool, in_memory: bool
+                    ) -> Path:        # the folder
+    "Pretrain in several ways, and score networks and probes on each encoder."
+    folder, where = Path(folder), dict(device=device, progress=progress, in_memory=in_memory)
+    if not pretrained_kinds(plan.networks): raise InputError(
+        f"none of the networks has a pretrained encoder, which {study} is about; name one.")
+    rows_of = rows_of_seeds(stamps, plan)
+    begin_run(folder, stamps, plan, device, study, tuple(plans))
+    for seed, rows in rows_of.items():
+        home, curve, homes = folder/f"seed-{seed}", [], {}
+        for value, changed in plans.items():
+            variant = f"{study.split('-')[0]}-{value}".replace(" ", "-")
+            first = homes.setdefault((changed.autoencoder, changed.pretraining), home/variant)
+            trained = pretrain_encoders(first, stamps, rows, changed, seed, where)
+            probes = probe_columns(stamps, rows["train"], rows["test"], trained, seed, device)
+            scores = run_networks(home/variant, stamps, rows, changed, plan.networks, seed, trained,
+                                  where, probes=probes)
+            curve += curve_points(variant, value, scores)
+            if not rank_distrib(): write_json(home/"curve.json", curve)
+    return folder
+
+# %% ../nbs/51_runs.ipynb #2e0a4dcc
 MASK_RATIOS = (0.25, 0.5, 0.6, 0.75, 0.9)
 
 def run_mask_ratio(stamps: StampSet,
@@ -250,31 +276,44 @@ def run_mask_ratio(stamps: StampSet,
                    ratios: tuple = MASK_RATIOS  # part of the patches that is hidden
                   ) -> Path:                    # the folder
     "Pretrain with several mask ratios, and score networks and probes on each encoder."
-    folder, where = Path(folder), dict(device=device, progress=progress, in_memory=in_memory)
-    if not pretrained_kinds(plan.networks): raise InputError(
-        "none of the networks has a pretrained encoder, which the mask ratio is about; name one.")
     plans = {ratio: replace(plan, autoencoder=replace(plan.autoencoder, mask_ratio=ratio))
              for ratio in ratios}
-    rows_of = rows_of_seeds(stamps, plan)
-    begin_run(folder, stamps, plan, device, "mask-ratio", ratios)
-    for seed, rows in rows_of.items():
-        home, curve = folder/f"seed-{seed}", []
-        for ratio, masked in plans.items():
-            variant = f"mask-{ratio:g}"
-            trained = pretrain_encoders(home/variant, stamps, rows, masked, seed, where)
-            probes = probe_columns(stamps, rows["train"], rows["test"], trained, seed, device)
-            scores = run_networks(home/variant, stamps, rows, masked, plan.networks, seed, trained,
-                                  where, probes=probes)
-            curve += curve_points(variant, ratio, scores)
-            if not rank_distrib(): write_json(home/"curve.json", curve)
-    return folder
+    return run_pretrainings(stamps, folder, "mask-ratio", plan, plans, device, progress, in_memory)
 
-# %% ../nbs/51_runs.ipynb #8086578b
+# %% ../nbs/51_runs.ipynb #9396231d
+def encoder_variants(plan: Plan) -> dict: # name -> plan
+    "The plan, and plans that each do one thing otherwise."
+    model, first, second = plan.autoencoder, plan.pretraining, plan.finetuning
+    masking = "kernel1" if model.pcm_masking == "grid" else "grid"
+    unscaled = "arcsinh" if first.normalisation == "none" else "none"
+    whole = not second.whole_image_statistics
+    third = {"epochs": max(1, first.epochs//3), "warmup_epochs": first.warmup_epochs/3}
+    return {
+        "as planned": plan,
+        f"pcm masking {masking}": replace(plan, autoencoder=replace(model, pcm_masking=masking)),
+        f"normalisation {unscaled}": replace(plan, pretraining=replace(
+            first, normalisation=unscaled)),
+        f"BatchNorm of {'whole' if whole else 'masked'} images": replace(
+            plan, finetuning=replace(second, whole_image_statistics=whole)),
+        "a third of the epochs": replace(plan, pretraining=replace(first, **third))}
+
+def run_encoder(stamps: StampSet,
+                folder,                      # of the run; goes on where it stopped
+                plan: Plan = plan_named("encoder"),
+                device: str|None = None,     # None: a GPU if there is one
+                progress: bool = True,
+                in_memory: bool = False      # keep the stamps on the device
+               ) -> Path:                    # the folder
+    "Pretrain in several ways, and score networks and probes on each encoder."
+    return run_pretrainings(stamps, folder, "encoder", plan, encoder_variants(plan), device,
+                            progress, in_memory)
+
+# %% ../nbs/51_runs.ipynb #cfff5611
 def some_labels(stamps: StampSet, train: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     "The training rows of a fraction of the galaxies; a larger fraction has them too."
     return train[split(stamps.catalogue[train], {"labels": fraction}, seed)["labels"]]
 
-# %% ../nbs/51_runs.ipynb #749214f2
+# %% ../nbs/51_runs.ipynb #1fc58548
 LABEL_FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.)
 
 def run_label_efficiency(stamps: StampSet,
@@ -311,5 +350,6 @@ def run_label_efficiency(stamps: StampSet,
             if not rank_distrib(): write_json(home/"curve.json", curve)
     return folder
 
-# %% ../nbs/51_runs.ipynb #b7871e33
-STUDIES = {"mask-ratio": run_mask_ratio, "label-efficiency": run_label_efficiency}
+# %% ../nbs/51_runs.ipynb #bbd703c7
+STUDIES = {"mask-ratio": run_mask_ratio, "encoder": run_encoder,
+           "label-efficiency": run_label_efficiency}

@@ -23,8 +23,8 @@ from astromae.mae import MAEConfig
 from astromae.metrics import METRICS
 from astromae.probes import PROBES
 from astromae.redshift import ARCHITECTURES
-from astromae.runs import (NETWORKS, PLANS, Plan, plan_named, run_experiment, run_label_efficiency,
-                           run_mask_ratio)
+from astromae.runs import (NETWORKS, PLANS, Plan, plan_named, run_encoder, run_experiment,
+                           run_label_efficiency, run_mask_ratio)
 from astromae.training import FINETUNE_PRESETS, PRETRAIN_PRESETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -147,6 +147,27 @@ def test_every_mask_ratio_has_its_own_encoder(stamps, tmp_path):
     assert read(home/"mask-0.9"/"pretraining-plain"/"run.json")["model"]["mask_ratio"] == 0.9
     assert curve[2]["sigma_mad"] == read(home/"mask-0.25"/"metrics.json")[2]["sigma_mad"]
     assert len({point["sigma_mad"] for point in curve}) == len(curve)
+
+
+def test_ways_of_pretraining_differ_in_one_thing_and_share_what_is_alike(stamps, tmp_path):
+    plan = replace(TINY, networks=("pcm-ViT",),
+                   pretraining=replace(TINY.pretraining, epochs=3, warmup_epochs=1.5))
+    home = run_encoder(stamps, tmp_path/"run", plan, **QUIET)/"seed-42"
+    curve = read(home/"curve.json")
+    names = ["as planned", "pcm masking kernel1", "normalisation none", "BatchNorm of masked images",
+             "a third of the epochs"]
+    assert [point["x"] for point in curve if point["name"] == "pcm-ViT"] == names
+    folders = {name: home/f"encoder-{name.replace(' ', '-')}" for name in names}
+    trained = {name: read(folder/"pretraining-pcm"/"run.json") for name, folder in folders.items()
+               if (folder/"pretraining-pcm").exists()}
+    assert set(names) - set(trained) == {"BatchNorm of masked images"}  # takes that of the plan
+    assert [trained[name]["model"]["pcm_masking"] for name in trained] == ["grid", "kernel1", "grid", "grid"]
+    assert [trained[name]["settings"]["normalisation"] for name in trained] == [
+        "arcsinh", "arcsinh", "none", "arcsinh"]
+    assert [trained[name]["settings"]["epochs"] for name in trained] == [3, 3, 3, 1]
+    statistics = [read(folder/"networks"/"pcm-ViT"/"run.json")["settings"]["whole_image_statistics"]
+                  for folder in folders.values()]
+    assert statistics == [True, True, True, False, True]
 
 
 def test_fewer_labels_are_shown_more_often(stamps, tmp_path):
