@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['STYLE', 'figure_style', 'point_density', 'density_scatter', 'scatter_grid', 'running_percentiles', 'plot_residuals',
            'colour_image', 'mask_to_pixels', 'plot_reconstructions', 'plot_rates', 'plot_losses', 'plot_ratios',
-           'plot_scan']
+           'value_label', 'plot_scan']
 
-# %% ../nbs/31_plots.ipynb #fbc885df
+# %% ../nbs/31_plots.ipynb #b30bf86e
 import math
 from collections.abc import Sequence
 from contextlib import contextmanager
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,7 +25,7 @@ from .errors import InputError
 from .metrics import check_redshifts, normalised_residual, outlier_fraction_005, sigma_mad
 from .survey import BANDS
 
-# %% ../nbs/31_plots.ipynb #f46c6795
+# %% ../nbs/31_plots.ipynb #de474fd0
 STYLE = {"figure.dpi": 80, "figure.constrained_layout.use": True, "font.size": 9,
          "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
          "legend.frameon": False, "image.origin": "lower", "image.interpolation": "nearest"}
@@ -35,7 +36,7 @@ def figure_style():
     plt.draw_if_interactive()  # pyplot loads its backend now, so that leaving does not undo it
     with plt.rc_context(STYLE): yield
 
-# %% ../nbs/31_plots.ipynb #255fbe83
+# %% ../nbs/31_plots.ipynb #994b7d6a
 def point_density(x: np.ndarray,      # (N,)
                   y: np.ndarray,      # (N,), in the unit of `x`
                   width: float,       # standard deviation of the smoothing, in the unit of `x`
@@ -49,7 +50,7 @@ def point_density(x: np.ndarray,      # (N,)
     places = [(values - limits[0])/cell - 0.5 for values in (x, y)]
     return map_coordinates(smooth, places, order=1, mode="nearest")/cell**2
 
-# %% ../nbs/31_plots.ipynb #4dc98c23
+# %% ../nbs/31_plots.ipynb #3ea1f17e
 def _panel_text(z_spec, z_phot, limits) -> str:
     "The lines in the corner of a scatter plot: number, scatter, outliers, and what lies outside."
     lines = [f"n = {len(z_spec):,}", rf"$\sigma_\mathrm{{MAD}}$ = {sigma_mad(z_phot, z_spec):.4f}",
@@ -58,7 +59,7 @@ def _panel_text(z_spec, z_phot, limits) -> str:
     outside = np.count_nonzero(~inside.all(axis=0))
     return "\n".join(lines + [f"outside: {outside:,}"] if outside else lines)
 
-# %% ../nbs/31_plots.ipynb #b01fdd13
+# %% ../nbs/31_plots.ipynb #459c2baf
 @figure_style()
 def density_scatter(z_spec: np.ndarray,           # spectroscopic redshifts, (N,)
                     z_phot: np.ndarray,           # predicted redshifts, (N,)
@@ -88,7 +89,7 @@ def density_scatter(z_spec: np.ndarray,           # spectroscopic redshifts, (N,
     if colorbar: ax.figure.colorbar(drawn, ax=ax, label=r"galaxies per 0.01 $\times$ 0.01")
     return ax
 
-# %% ../nbs/31_plots.ipynb #c2861698
+# %% ../nbs/31_plots.ipynb #3b67f0a8
 @figure_style()
 def scatter_grid(z_spec: np.ndarray,      # spectroscopic redshifts, (N,)
                  predictions: dict,       # name -> predicted redshifts, (N,)
@@ -104,7 +105,7 @@ def scatter_grid(z_spec: np.ndarray,      # spectroscopic redshifts, (N,)
         if k + columns < len(predictions): ax.set_xlabel("")
     return figure
 
-# %% ../nbs/31_plots.ipynb #e0266669
+# %% ../nbs/31_plots.ipynb #4d8ced73
 def running_percentiles(x: np.ndarray,         # (N,)
                         y: np.ndarray,         # (N,)
                         bins: int = 20,        # groups of (nearly) equal number
@@ -115,7 +116,7 @@ def running_percentiles(x: np.ndarray,         # (N,)
     centres = np.array([np.median(x[rows]) for rows in groups])
     return centres, np.stack([np.percentile(y[rows], percents) for rows in groups], axis=1)
 
-# %% ../nbs/31_plots.ipynb #9c1ce1f6
+# %% ../nbs/31_plots.ipynb #6a15ff2b
 @figure_style()
 def plot_residuals(z_spec: np.ndarray,                 # spectroscopic redshifts, (N,)
                    z_phot: np.ndarray,                 # predicted redshifts, (N,)
@@ -141,7 +142,7 @@ def plot_residuals(z_spec: np.ndarray,                 # spectroscopic redshifts
     ax.legend(loc="upper left", ncols=2)
     return ax
 
-# %% ../nbs/31_plots.ipynb #69c04960
+# %% ../nbs/31_plots.ipynb #c31bbe05
 def colour_image(images: np.ndarray,    # (..., bands, H, W) nanomaggies per pixel
                  stretch: float = 0.3,  # brightness at which the compression sets in
                  softening: float = 5., # strength of the compression
@@ -160,7 +161,7 @@ def colour_image(images: np.ndarray,    # (..., bands, H, W) nanomaggies per pix
         picture = make_lupton_rgb(*channels, stretch=stretch, Q=softening)
     return picture.reshape(*outer, height, width, 3)
 
-# %% ../nbs/31_plots.ipynb #16171890
+# %% ../nbs/31_plots.ipynb #7cf15812
 def mask_to_pixels(mask: np.ndarray,  # (N, L), 1 where a patch was masked
                    size: int          # height and width of the image, pixels
                   ) -> np.ndarray:    # (N, size, size), True where masked
@@ -172,7 +173,7 @@ def mask_to_pixels(mask: np.ndarray,  # (N, L), 1 where a patch was masked
                          "give the mask of these images.")
     return np.kron(mask.reshape(-1, grid, grid), np.ones((1, size//grid, size//grid), dtype=bool))
 
-# %% ../nbs/31_plots.ipynb #afb6cccc
+# %% ../nbs/31_plots.ipynb #d313725d
 @figure_style()
 def plot_reconstructions(images: np.ndarray,          # true, (N, bands, H, H) nanomaggies per pixel
                          masks: np.ndarray,           # (N, L), 1 where a patch was masked
@@ -199,7 +200,7 @@ def plot_reconstructions(images: np.ndarray,          # true, (N, bands, H, H) n
     for ax, title in zip(axes[0], titles): ax.set_title(title)
     return figure
 
-# %% ../nbs/31_plots.ipynb #b0e55eca
+# %% ../nbs/31_plots.ipynb #da2f3b0a
 @figure_style()
 def plot_rates(epoch: np.ndarray,    # epochs done before each step, (S,)
                rate: np.ndarray,     # learning rate of each step, (S,)
@@ -213,7 +214,7 @@ def plot_rates(epoch: np.ndarray,    # epochs done before each step, (S,)
     ax.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     return ax
 
-# %% ../nbs/31_plots.ipynb #dd319037
+# %% ../nbs/31_plots.ipynb #0bd7024f
 @figure_style()
 def plot_losses(log,                    # columns `epoch` and `train_loss`, `valid_loss`, ...
                 title: str = "",        # above the panel
@@ -231,7 +232,7 @@ def plot_losses(log,                    # columns `epoch` and `train_loss`, `val
     ax.legend()
     return ax
 
-# %% ../nbs/31_plots.ipynb #551bf8a8
+# %% ../nbs/31_plots.ipynb #9de16bb9
 @figure_style()
 def plot_ratios(groups: dict # title -> rows (label, ratio, low, high, published ratio or None)
                ) -> Figure:
@@ -256,20 +257,28 @@ def plot_ratios(groups: dict # title -> rows (label, ratio, low, high, published
         if text.get_text() in groups: text.set_fontweight("bold")
     return figure
 
-# %% ../nbs/31_plots.ipynb #a0975614
+# %% ../nbs/31_plots.ipynb #ad733283
+def value_label(value) -> str:
+    "A value of a scan, a number or a name, as it is written."
+    return value if isinstance(value, str) else f"{value:g}"
+
 @figure_style()
 def plot_scan(lines: dict,           # name -> (x, y, error of y), each (N,)
               xlabel: str, ylabel: str,
               logarithmic: bool = False, # axis of x
               ax: Axes|None = None       # where to draw; None: a new figure
              ) -> Axes:
-    "Lines with error bars along a scan of one setting."
+    "Values with error bars along a scan of one setting: lines, or points where x is a name."
     if ax is None: ax = plt.subplots(figsize=(7.5, 3.4))[1]
-    for name, (x, y, error) in lines.items():
-        ax.errorbar(x, y, error, marker="o", markersize=4, capsize=2, label=name)
+    values = list(dict.fromkeys(value for x, *_ in lines.values() for value in x))
+    named = isinstance(values[0], str)
+    places = {value: place if named else value for place, value in enumerate(values)}
+    for step, (name, (x, y, error)) in enumerate(lines.items()):
+        aside = 0.08*(step - (len(lines) - 1)/2) if named else 0
+        ax.errorbar([places[value] + aside for value in x], y, error, marker="o", markersize=4,
+                    capsize=2, linestyle="none" if named else "-", label=name)
     ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if logarithmic else "linear")
-    ticks = sorted({value for x, *_ in lines.values() for value in x})
-    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set_xticks(list(places.values()), [fill(value_label(value), 14) for value in values])
     ax.set_xticks([], minor=True)
     ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
     return ax

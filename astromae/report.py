@@ -9,7 +9,7 @@ __all__ = ['PUBLISHED_METRICS', 'PUBLISHED', 'PUBLISHED_GALAXIES', 'TABLE_METRIC
            'training_blocks', 'curve_lines', 'mask_blocks', 'curve_blocks', 'departures', 'page_title',
            'parts_sentence', 'page_blocks', 'as_markdown', 'report']
 
-# %% ../nbs/52_report.ipynb #359b724d
+# %% ../nbs/52_report.ipynb #70b8b0d4
 import base64
 import json
 from collections import namedtuple
@@ -33,12 +33,13 @@ from .errors import InputError, write_aside
 from .experiments import experiment_named
 from .mae import MAEConfig, visible_patches
 from .metrics import METRICS, paired_bootstrap
-from .plots import figure_style, plot_ratios, plot_residuals, plot_scan, scatter_grid
+from .plots import (figure_style, plot_ratios, plot_residuals, plot_scan, scatter_grid,
+                            value_label)
 from .redshift import ARCHITECTURES
 from .runs import pretrained_kinds
 from .training import FinetuneSettings, PretrainSettings
 
-# %% ../nbs/52_report.ipynb #921d3aa6
+# %% ../nbs/52_report.ipynb #2f755c32
 PUBLISHED_METRICS = ("mse", "mae", "bias", "precision", "r2")
 
 _TABLE_4 = {
@@ -64,10 +65,11 @@ PUBLISHED = {table: {name: dict(zip(PUBLISHED_METRICS, row)) for name, row in ro
              for table, rows in (("Table IV", _TABLE_4), ("Table V", _TABLE_5))}
 PUBLISHED_GALAXIES = 659_857  # of Pasquet et al. (2019), in both tables
 
-# %% ../nbs/52_report.ipynb #ffb0f8f4
+# %% ../nbs/52_report.ipynb #6276f5a8
 TABLE_METRICS = {"sigma_mad": "σ_MAD", "precision": "precision", "mae": "MAE", "mse": "MSE",
                  "bias": "bias", "r2": "R²", "outlier_fraction_005": "|Δz| > 0.05"}
 STUDY_AXES = {"mask-ratio": ("mask ratio", False), # label, is the axis logarithmic?
+              "encoder": ("way of pretraining", False),
               "label-efficiency": ("share of the labels", True)}
 PHASES = {"autoencoder": MAEConfig, "pretraining": PretrainSettings,
           "finetuning": FinetuneSettings}
@@ -77,7 +79,7 @@ class Run:
     "What was found in the folder of an experiment."
     folder: Path
     study: str          # experiment, or one of `STUDY_AXES`
-    values: list        # of the mask ratio, or fractions of the labels
+    values: list        # of the mask ratio, ways of pretraining, or fractions of the labels
     plan: dict          # the settings of the run
     stamps: dict        # origin and number of the galaxies, and the condition that chose them
     environment: dict   # versions and machine
@@ -97,7 +99,7 @@ class Run:
         scored = {name for scores in self.scores.values() for name in scores}
         return [name for name in (*self.plan["networks"], *MAGNITUDE_METHODS) if name in scored]
 
-# %% ../nbs/52_report.ipynb #14e83abf
+# %% ../nbs/52_report.ipynb #a6c9f293
 @contextmanager
 def _understanding(file: Path):
     "Whatever fails in the block is said as one sentence on the file."
@@ -127,7 +129,8 @@ def _check_plan(description: dict):
     experiment_named(plan["experiment"])
     pretrained_kinds(plan["networks"])
     if (study := description["study"]) != "experiment": STUDY_AXES[study]
-    numbers = [stamps["n"], *plan["seeds"], *description["values"]]
+    numbers = [stamps["n"], *plan["seeds"],
+               *(value for value in description["values"] if not isinstance(value, str))]
     if not all(isinstance(number, int|float) for number in numbers) or not plan["seeds"]:
         raise ValueError("seeds, values or the number of stamps")
     if not isinstance(stamps["origin"], str): raise ValueError("the origin of the stamps")
@@ -140,7 +143,7 @@ def _read_scores(file: Path, metrics) -> list: # of dictionaries with a name and
             row["name"], row["errors"].items(), [float(row[metric] or 0) for metric in metrics]
     return rows
 
-# %% ../nbs/52_report.ipynb #c01fd722
+# %% ../nbs/52_report.ipynb #ae8c15a3
 def read_run(folder) -> Run: # `InputError` if the folder is none of an experiment
     "Read the folder of an experiment, finished or not."
     folder = Path(folder)
@@ -164,7 +167,7 @@ def read_run(folder) -> Run: # `InputError` if the folder is none of an experime
                description["stamps"], _read(folder/"environment.json"), predictions, scores, curves,
                logs)
 
-# %% ../nbs/52_report.ipynb #8d6ebc09
+# %% ../nbs/52_report.ipynb #ddfcda53
 def _state(run: Run, seed: int, name: str, epochs: int) -> str|None: # None: finished
     "How far a training has come."
     if (run.folder/f"seed-{seed}"/name/"model").exists(): return None
@@ -187,7 +190,7 @@ def missing_parts(run: Run) -> list: # of sentences; empty: the run is finished
         if not begun: found.append(f"Seed {seed} has not been begun.")
         elif run.study != "experiment":
             have = {(point["x"], point["name"]) for point in run.curves.get(seed, [])}
-            left = [f"{x:g} ({name})" for x in run.values for name in run.plan["networks"]
+            left = [f"{value_label(x)} ({name})" for x in run.values for name in run.plan["networks"]
                     if (x, name) not in have]
         elif seed not in run.scores:
             states = {name: _state(run, seed, name, epochs)
@@ -197,12 +200,12 @@ def missing_parts(run: Run) -> list: # of sentences; empty: the run is finished
         if left: found.append(f"Seed {seed} still needs {', '.join(left)}.")
     return found
 
-# %% ../nbs/52_report.ipynb #44e5f6fe
+# %% ../nbs/52_report.ipynb #75a23589
 Block = namedtuple("Block", "kind content caption", defaults=("",))
 Cell = namedtuple("Cell", "text note best", defaults=("", False))
 Row = namedtuple("Row", "kind cells")  # kind: ours or published
 
-# %% ../nbs/52_report.ipynb #f73907c7
+# %% ../nbs/52_report.ipynb #7496ed73
 def _as_text(metric: str, value: float|None, sign: str = "") -> str:
     "A value with as many digits as the paper gives; fractions in percent."
     if value is None: return "–"
@@ -226,7 +229,7 @@ def best_name(run: Run, names, metric: str = "precision") -> str|None: # None: a
     means = {name: np.mean(cost(values)) for name, values in found.items() if None not in values}
     return min(means, key=means.get, default=None)
 
-# %% ../nbs/52_report.ipynb #1d905908
+# %% ../nbs/52_report.ipynb #4e92724f
 def _diverged(score: dict) -> bool:
     "Is none of the metrics a number?"
     return all(score[metric] is None for metric in TABLE_METRICS)
@@ -249,7 +252,7 @@ def score_table(run: Run) -> Block:
             for metric in TABLE_METRICS)]))
     return Block("table", [["", *TABLE_METRICS.values()], rows])
 
-# %% ../nbs/52_report.ipynb #6b9aa442
+# %% ../nbs/52_report.ipynb #a91609f6
 def pairs(field: str, better, worse) -> list: # of (the better by the claim, the other)
     "Architectures that differ in one field of their configuration only."
     configs = {name: asdict(config) for name, config in ARCHITECTURES.items()}
@@ -264,7 +267,7 @@ CLAIMS = {
     "AstroMAE beats Henghes et al.": pairs("encoder", "pcm", "none")
                                      + pairs("encoder", "plain", "none")}
 
-# %% ../nbs/52_report.ipynb #1bfb58a9
+# %% ../nbs/52_report.ipynb #8e1009f8
 def _finite(table: Table, name: str) -> bool:
     "Has the table a column of this name, with a finite number in every row?"
     return name in table.colnames and np.isfinite(np.ma.filled(table[name], np.nan)).all()
@@ -284,7 +287,7 @@ def published_ratio(published: str, a: str, b: str) -> float|None:
     table = PUBLISHED[published]
     return table[a]["precision"]/table[b]["precision"] if {a, b} <= set(table) else None
 
-# %% ../nbs/52_report.ipynb #c4a67906
+# %% ../nbs/52_report.ipynb #f945ab01
 def compared_pairs(run: Run) -> dict: # claim -> {(a, b): (ratio, low, high)}
     "Every claim's pairs that this run can compare, and AstroMAE against magnitudes alone."
     methods = [name for name in run.names if name in MAGNITUDE_METHODS]
@@ -302,7 +305,7 @@ def pair_sentence(table: str, a: str, b: str, ratio: float, low: float, high: fl
     return (f"{a} has {ratio:.2f} times the scatter of {b} (95%: {low:.2f} to {high:.2f}): "
             f"{judgement(low, high)}." + (f" Published: {published:.2f}." if published else ""))
 
-# %% ../nbs/52_report.ipynb #0127679f
+# %% ../nbs/52_report.ipynb #42221724
 def _what_intervals_cover(run: Run, n: int) -> str: # n: comparisons
     "What the intervals say, and how many of them chance makes wrong."
     seeds = len(run.predictions)
@@ -335,7 +338,7 @@ def claim_blocks(run: Run) -> list:
                                   for pair, ratio in compared.items()])]
     return blocks
 
-# %% ../nbs/52_report.ipynb #5b46e4a2
+# %% ../nbs/52_report.ipynb #1d7cbd48
 def _group(name: str) -> str:
     "The grid in which a network is drawn."
     if name not in ARCHITECTURES: return "magnitudes alone"
@@ -356,7 +359,7 @@ def scatter_blocks(run: Run) -> list:
                   f"Predicted against spectroscopic redshift, {group}, seed {seed}.")
             for group, found in groups.items()]
 
-# %% ../nbs/52_report.ipynb #42ceaf3c
+# %% ../nbs/52_report.ipynb #7ee2475e
 def _shown(run: Run) -> list:
     "The names whose residuals are drawn: the best network, Henghes et al., the best method."
     table = next(iter(run.predictions.values()))
@@ -379,7 +382,7 @@ def draw_residuals(run: Run) -> Figure:
             ax.set_title(name)
     return figure
 
-# %% ../nbs/52_report.ipynb #48a5ee64
+# %% ../nbs/52_report.ipynb #9d1e5de2
 def training_blocks(run: Run) -> list:
     "The learning rates, and the losses of what has been trained with the first seed that has any."
     phases = SimpleNamespace(**{name: PHASES[name](**run.plan[name])
@@ -393,7 +396,7 @@ def training_blocks(run: Run) -> list:
                                          f"Losses of every training, seed {seed}")]
     return blocks
 
-# %% ../nbs/52_report.ipynb #3e0dd734
+# %% ../nbs/52_report.ipynb #2c230da9
 def curve_lines(run: Run) -> dict: # name -> table with columns x, y (sigma_mad), error
     "The scatter of each network and probe along the values, mean over the seeds."
     points = pd.DataFrame([(point["name"], point["x"], point["sigma_mad"],
@@ -402,7 +405,7 @@ def curve_lines(run: Run) -> dict: # name -> table with columns x, y (sigma_mad)
                           columns=["name", "x", "y", "error"])
     points = points.astype({"y": float, "error": float}) # None, of what diverged, is NaN
     def line(of_name):
-        grouped = of_name.groupby("x")
+        grouped = of_name.groupby("x", sort=False)
         found = grouped[["y", "error"]].mean()
         found["error"] = np.fmax(found["error"], grouped["y"].std())
         return found.reset_index()
@@ -415,12 +418,13 @@ def mask_blocks(run: Run) -> list:
     return [Block("text", f"Really masked, of the {patches} patches of an image: " + ", ".join(
         f"{n} ({n/patches:.1%}) at {ratio:g}" for ratio, n in hidden.items()) + ".")]
 
-# %% ../nbs/52_report.ipynb #d443ef00
+# %% ../nbs/52_report.ipynb #59834a54
 def curve_blocks(run: Run) -> list:
     "The curves as a figure and as a table."
     lines, (xlabel, logarithmic), seeds = curve_lines(run), STUDY_AXES[run.study], len(run.curves)
-    figure = plot_scan({name: line.to_numpy().T for name, line in lines.items()}, xlabel,
-                       r"$\sigma_\mathrm{MAD}$", logarithmic).figure
+    figure = plot_scan({name: tuple(line[column].to_numpy() for column in ("x", "y", "error"))
+                        for name, line in lines.items()}, xlabel, r"$\sigma_\mathrm{MAD}$",
+                       logarithmic).figure
     def cell(found): # the row of one value, or none
         if not len(found): return Cell("–")
         (y,), (error,) = found.y, found.error
@@ -432,10 +436,10 @@ def curve_blocks(run: Run) -> list:
                else f"σ_MAD, mean of up to {seeds} seeds; the errors are the larger of the mean "
                     "bootstrap error and the standard deviation over the seeds.")
     return [Block("figure", (run.study, figure), caption),
-            Block("table", [[f"σ_MAD at {xlabel}", *(f"{x:g}" for x in run.values)], rows]),
+            Block("table", [[f"σ_MAD by {xlabel}", *map(value_label, run.values)], rows]),
             *(mask_blocks(run) if run.study == "mask-ratio" else [])]
 
-# %% ../nbs/52_report.ipynb #9ace6d79
+# %% ../nbs/52_report.ipynb #0e3452e8
 def departures(plan: dict) -> list: # of sentences
     "Settings that are not the defaults, phase by phase."
     defaults = {phase: settings() for phase, settings in PHASES.items()}
@@ -450,7 +454,7 @@ def departures(plan: dict) -> list: # of sentences
         if found: sentences.append(f"{phase}: {', '.join(found)}.")
     return sentences
 
-# %% ../nbs/52_report.ipynb #c2a0f853
+# %% ../nbs/52_report.ipynb #de8402d5
 def page_title(run: Run) -> str:
     "The data set and the experiment in one line."
     done = f"experiment {run.plan['experiment']}" if run.study == "experiment" else run.study
@@ -495,7 +499,7 @@ def _reading(run: Run) -> list:
                               for metric, label in TABLE_METRICS.items()],
                   "What the metrics are")]
 
-# %% ../nbs/52_report.ipynb #37bbd050
+# %% ../nbs/52_report.ipynb #99ef5ded
 def page_blocks(run: Run) -> list:
     "The whole page, from top to bottom."
     blocks = _introduction(run)
@@ -516,7 +520,7 @@ def page_blocks(run: Run) -> list:
         "list", [f"{key}: {value}" for key, value in run.environment.items()])]
     return blocks
 
-# %% ../nbs/52_report.ipynb #a1ee51c1
+# %% ../nbs/52_report.ipynb #160c163d
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2.5rem auto;
        padding: 0 1.2rem; }
@@ -538,7 +542,7 @@ figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption, details { colo
   font-size: .88rem; }
 """
 
-# %% ../nbs/52_report.ipynb #eeee6142
+# %% ../nbs/52_report.ipynb #172ae0a4
 _HTML = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{{ title }}</title><style>""" + _STYLE + """</style></head><body>
@@ -566,7 +570,7 @@ _HTML = """<!doctype html>
 """
 _TEMPLATE = Template(_HTML, autoescape=True)
 
-# %% ../nbs/52_report.ipynb #ca995717
+# %% ../nbs/52_report.ipynb #94fc7d49
 def _markdown_row(cells: list) -> str:
     "A row of a table; a vertical bar would end a cell."
     texts = [f"{f'**{cell.text}**' if cell.best else cell.text} {cell.note}" for cell in cells]
@@ -587,7 +591,7 @@ def as_markdown(block: Block) -> str:
         return "\n".join(([f"{caption}:\n"] if caption else []) + [f"- {item}" for item in content])
     return content
 
-# %% ../nbs/52_report.ipynb #cdd397df
+# %% ../nbs/52_report.ipynb #0a40c472
 def report(folder          # of an experiment, finished or not
           ) -> Path:       # the HTML page; report.md and figures/ are written beside it
     "Write `report.html` and `report.md` into the folder of an experiment."

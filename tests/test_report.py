@@ -18,6 +18,7 @@ from astromae.errors import InputError, write_json
 from astromae.mae import MAEConfig
 from astromae.redshift import ARCHITECTURES
 from astromae.metrics import METRICS
+from astromae.plots import value_label
 from astromae.report import (CLAIMS, PUBLISHED, best_name, claim_blocks, compare_seeds, compared_pairs,
                              curve_blocks, departures, draw_residuals, missing_parts, page_title,
                              pair_sentence, parts_sentence, read_run, report, score_table)
@@ -328,18 +329,24 @@ def test_a_run_that_is_trained_but_not_predicted_says_so(tmp_path):
 # Studies
 
 @pytest.mark.parametrize("study,values", [("mask-ratio", [0.25, 0.75, 0.9]),
+                                          ("encoder", ["as planned", "normalisation none", "longer"]),
                                           ("label-efficiency", [0.01, 0.1, 1.])])
 def test_a_study_is_a_curve(tmp_path, study, values):
     folder = write_run(tmp_path/"run", study=study, values=values, networks=("pcm-ViT",))
     names = ("pcm-ViT", "pcm linear probe")
-    curve = [{"variant": f"{x:g}", "x": x, "name": name, "sigma_mad": 0.02 + 0.01*x,
-              "errors": {"sigma_mad": 0.001}} for x in values[:2] for name in names]
+    curve = [{"variant": str(x), "x": x, "name": name, "sigma_mad": 0.02 + 0.01*place,
+              "errors": {"sigma_mad": 0.001}} for place, x in enumerate(values[:2]) for name in names]
     write_json(folder/"seed-42"/"curve.json", curve)
     run = read_run(folder)
-    assert missing_parts(run) == [f"Seed 42 still needs {values[2]:g} (pcm-ViT)."]
+    assert missing_parts(run) == [f"Seed 42 still needs {value_label(values[2])} (pcm-ViT)."]
     assert page_title(run).endswith(study)
     html = report(folder).read_text()
     assert (folder/"figures"/f"{study}.png").exists() and "Curves</h2>" in html
+    figure, table, *_ = curve_blocks(run)
+    plt.close(figure.content[1])
+    heads, rows = table.content
+    assert heads[1:] == [value_label(x) for x in values]
+    assert [cell.text for cell in rows[0].cells[1:]] == ["0.02000", "0.03000", "–"]
     assert "the errors are bootstrap errors of one seed&#39;s test galaxies" in html
     assert ("Really masked, of the 16 patches of an image: 4 (25.0%) at 0.25, 12 (75.0%) at 0.75, "
             "15 (93.8%) at 0.9." in html) == (study == "mask-ratio")
