@@ -129,18 +129,19 @@ def _check_plan(description: dict):
     experiment_named(plan["experiment"])
     pretrained_kinds(plan["networks"])
     if (study := description["study"]) != "experiment": STUDY_AXES[study]
-    numbers = [stamps["n"], *plan["seeds"],
-               *(value for value in description["values"] if not isinstance(value, str))]
+    numbers = [stamps["n"], *plan["seeds"]]
+    if description["study"] != "encoder": numbers += description["values"] # there they are names
     if not all(isinstance(number, int|float) for number in numbers) or not plan["seeds"]:
         raise ValueError("seeds, values or the number of stamps")
     if not isinstance(stamps["origin"], str): raise ValueError("the origin of the stamps")
 
-def _read_scores(file: Path, metrics) -> list: # of dictionaries with a name and these metrics
+def _read_scores(file: Path, metrics, keys=("name",)) -> list: # of dictionaries with these
     "The rows of a file of scores."
     rows = _read(file, list)
     with _understanding(file):
         for row in rows: # None is the metric of what diverged
-            row["name"], row["errors"].items(), [float(row[metric] or 0) for metric in metrics]
+            row["errors"].items(), [row[key] for key in keys]
+            for metric in metrics: float(row[metric] or 0)
     return rows
 
 # %% ../nbs/52_report.ipynb #ae8c15a3
@@ -159,7 +160,7 @@ def read_run(folder) -> Run: # `InputError` if the folder is none of an experime
                      _read_scores(part/"metrics.json", ("n", *TABLE_METRICS))}
               for seed, part in done.items()}
     curves = {seed: curve for seed, part in parts.items()
-              if (curve := _read_scores(part/"curve.json", ("x", "sigma_mad")))}
+              if (curve := _read_scores(part/"curve.json", ("sigma_mad",), ("name", "x")))}
     logs = {seed: {str(file.parent.relative_to(part)): _read(file, pd.DataFrame)
                    for file in sorted(part.rglob("history.csv"))} for seed, part in parts.items()}
     predictions = {seed: _read(part/"predictions.fits", Table) for seed, part in done.items()}
@@ -190,8 +191,8 @@ def missing_parts(run: Run) -> list: # of sentences; empty: the run is finished
         if not begun: found.append(f"Seed {seed} has not been begun.")
         elif run.study != "experiment":
             have = {(point["x"], point["name"]) for point in run.curves.get(seed, [])}
-            left = [f"{value_label(x)} ({name})" for x in run.values for name in run.plan["networks"]
-                    if (x, name) not in have]
+            left = [f"{value_label(x)} ({name})" for x in run.values
+                    for name in run.plan["networks"] if (x, name) not in have]
         elif seed not in run.scores:
             states = {name: _state(run, seed, name, epochs)
                       for name, epochs in _trainings(run).items()}
