@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['IMPORT', 'seconds', 'time_ratio', 'rendering_speed', 'learner_overhead', 'ReferenceAutoencoder', 'pretraining_ratio',
            'reconstruction_errors', 'write_field', 'cutting_seconds', 'write_cube', 'copy_file', 'import_speed',
-           'scatter_seconds', 'accuracy', 'accuracy_rows', 'machine', 'record', 'measure_speed', 'run_benchmarks']
+           'scatter_seconds', 'accuracy', 'paired_rows', 'accuracy_rows', 'machine', 'record', 'measure_speed',
+           'run_benchmarks']
 
-# %% ../nbs/60_benchmarks.ipynb #2d09a271
+# %% ../nbs/60_benchmarks.ipynb #96f7bedd
 import bz2
 import json
 import os
@@ -21,6 +22,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -39,12 +41,13 @@ from .errors import write_json
 from .experiments import split_rows
 from .frames import gaussian_wcs
 from .mae import MAEConfig, MaskedAutoencoder, patchify
+from .metrics import paired_bootstrap
 from .plots import density_scatter
 from .simulate import packaged_catalogue, simulate
 from .survey import BANDS, SKY_NOISE, frame_name
 from .training import PretrainSettings, autoencoder_loss, load_trained, make_learner
 
-# %% ../nbs/60_benchmarks.ipynb #2ef4d9c2
+# %% ../nbs/60_benchmarks.ipynb #d74ef29d
 def seconds(function: Callable) -> float:
     "Wall time of one call."
     start = time.perf_counter()
@@ -56,14 +59,14 @@ def time_ratio(a: Callable, b: Callable, runs: int = 5) -> float: # median of ti
     a(), b()
     return float(np.median([seconds(a)/seconds(b) for _ in range(runs)]))
 
-# %% ../nbs/60_benchmarks.ipynb #058cba0c
+# %% ../nbs/60_benchmarks.ipynb #5b6f5070
 def rendering_speed(galaxies: int = 2000) -> float: # stamps per second
     "Stamps of five bands and 64 x 64 pixels that are rendered in a second, with their photometry."
     catalogue = packaged_catalogue()[:galaxies]
     next(iter(simulate(catalogue[:64])))
     return galaxies/seconds(lambda: [None for _ in simulate(catalogue)])
 
-# %% ../nbs/60_benchmarks.ipynb #6ac5c6c5
+# %% ../nbs/60_benchmarks.ipynb #12762cbd
 def learner_overhead(stamps: StampSet, batch_size: int = 256, runs: int = 5) -> float:
     "Time of an epoch through the `Learner` over that of the same steps in a bare loop."
     rows = np.arange(len(stamps))
@@ -88,7 +91,7 @@ def learner_overhead(stamps: StampSet, batch_size: int = 256, runs: int = 5) -> 
 
     return time_ratio(lambda: learner.fit(1), bare, runs)
 
-# %% ../nbs/60_benchmarks.ipynb #e2290938
+# %% ../nbs/60_benchmarks.ipynb #a609f06f
 class ReferenceAutoencoder(nn.Module):
     "The masked autoencoder in its plainest form, to measure against."
     def __init__(self, size=32, patch=8, bands=5, width=192, depth=12, decoder_depth=4, heads=3):
@@ -122,7 +125,7 @@ class ReferenceAutoencoder(nn.Module):
         mask = (restore >= length//4).float()
         return (error*mask).sum()/mask.sum()
 
-# %% ../nbs/60_benchmarks.ipynb #4ba1e353
+# %% ../nbs/60_benchmarks.ipynb #bf53bef1
 def pretraining_ratio(stamps: StampSet, batch_size: int = 256, steps: int = 4,
                       runs: int = 5) -> float:
     "Images per second of our training, loader included, over those of the reference loop."
@@ -148,7 +151,7 @@ def pretraining_ratio(stamps: StampSet, batch_size: int = 256, steps: int = 4,
 
     return 1/time_ratio(lambda: learner.fit(1), reference_epoch, runs)
 
-# %% ../nbs/60_benchmarks.ipynb #688e7c6f
+# %% ../nbs/60_benchmarks.ipynb #a10fded7
 @torch.no_grad()
 def reconstruction_errors(autoencoder, stamps: StampSet, train_rows: np.ndarray,
                           test_rows: np.ndarray, seed: int = 42) -> dict: # name -> error
@@ -172,7 +175,7 @@ def reconstruction_errors(autoencoder, stamps: StampSet, train_rows: np.ndarray,
     errors = {name: error(guess) for name, guess in guesses.items()}
     return {"autoencoder": float(loss), **errors}
 
-# %% ../nbs/60_benchmarks.ipynb #64197a19
+# %% ../nbs/60_benchmarks.ipynb #f6c7839c
 def write_field(folder: Path, sources: int = 1500, shape: tuple = (1489, 2048)) -> Table:
     "Write five frames of sky and point sources; return the sources' positions."
     rng, stars = np.random.default_rng(0), gaussian_wcs(30, (0, 0), shape)
@@ -198,7 +201,7 @@ def cutting_seconds(galaxies: int = 500) -> float: # seconds
         positions = write_field(folder/"frames")[:galaxies]
         return seconds(lambda: cut_stamp_set(folder/"frames", folder/"set", positions))
 
-# %% ../nbs/60_benchmarks.ipynb #ad4de9d5
+# %% ../nbs/60_benchmarks.ipynb #356ee531
 def write_cube(path: Path, gigabytes: float): # an npz; size of its pixels
     "Write an npz like the published one, of noise around a profile, without holding it in memory."
     rng, (y, x) = np.random.default_rng(0), np.mgrid[:64, :64] - 32
@@ -221,7 +224,7 @@ def copy_file(source: Path, target: Path):
     with open(source, "rb") as old, open(target, "wb") as new:
         while n := old.readinto(buffer): new.write(buffer[:n])
 
-# %% ../nbs/60_benchmarks.ipynb #1661066a
+# %% ../nbs/60_benchmarks.ipynb #933d15a1
 _IMPORT = """
 import re, sys, time
 from astromae.formats import import_stamps
@@ -253,7 +256,7 @@ def import_speed(folder: Path,           # on the disk in question
             peaks.append(peak)
     return float(np.median(ratios)), max(peaks)
 
-# %% ../nbs/60_benchmarks.ipynb #5b465441
+# %% ../nbs/60_benchmarks.ipynb #9620e873
 def scatter_seconds(galaxies: int = 659_857) -> float: # seconds
     "Time to draw and write a density scatter plot."
     rng = np.random.default_rng(42)
@@ -265,12 +268,22 @@ def scatter_seconds(galaxies: int = 659_857) -> float: # seconds
         plt.close(figure)
     return seconds(draw)
 
-# %% ../nbs/60_benchmarks.ipynb #2f437c46
+# %% ../nbs/60_benchmarks.ipynb #7b4f434e
 def accuracy(folder: Path, seeds) -> list: # one dictionary per seed
     "Train with every seed, going on where a former call stopped; scores of networks and baselines."
     stamps = render_stamps(folder/"stamps", ACCURACY.galaxies, 42, progress=True)
     return [{"seed": seed, "scores": compare(folder/f"seed-{seed}", replace(ACCURACY, seed=seed),
                                              stamps=stamps.folder)} for seed in seeds]
+
+def paired_rows(folder: Path, seeds, others=("gradient boosting", "Henghes et al.")) -> list:
+    "AstroMAE's sigma_mad over that of others, on the same galaxies: name, seed, ratio, low, high."
+    found = []
+    for name, seed in product(others, seeds):
+        table = Table.read(folder/f"seed-{seed}"/"predictions.fits")
+        pair = paired_bootstrap(table["pcm-AstroMAE"], table[name], table["z_spec"], "sigma_mad",
+                                how="ratio")
+        found.append({"name": name, "seed": seed, **{k: pair[k] for k in ("ratio", "low", "high")}})
+    return found
 
 def accuracy_rows(runs: list) -> list: # of dictionaries: name, sigma_mad per seed, mean
     "The sigma_mad of every network and baseline over the seeds."
@@ -279,7 +292,7 @@ def accuracy_rows(runs: list) -> list: # of dictionaries: name, sigma_mad per se
              "mean": float(np.mean([score["sigma_mad"] for score in column]))}
             for column in columns]
 
-# %% ../nbs/60_benchmarks.ipynb #7ca2b793
+# %% ../nbs/60_benchmarks.ipynb #5c20a5da
 def machine() -> dict:
     "Where the figures were measured."
     return {"architecture": platform.machine(), "threads": torch.get_num_threads(),
@@ -290,7 +303,7 @@ def record(entries: dict, file: Path):
     known = json.loads(file.read_text()) if file.exists() else {}
     write_json(file, {**known, **entries})
 
-# %% ../nbs/60_benchmarks.ipynb #f68fa6c5
+# %% ../nbs/60_benchmarks.ipynb #c837a98b
 IMPORT = "import of an 8 GB cube: speed over copying, peak GB"
 
 def measure_speed(folder: Path) -> dict: # name -> figure
@@ -320,7 +333,8 @@ def run_benchmarks(folder, seeds: int = 0, file: Path = Path("nbs/benchmarks.jso
         rows = split_rows(stamps, ACCURACY.experiment, runs[0]["seed"])
         errors = reconstruction_errors(load_trained(first/"pretraining"), stamps, rows["pretrain"],
                                        rows["test"])
-        record({"accuracy": accuracy_rows(runs), "reconstruction": errors}, file)
+        record({"accuracy": accuracy_rows(runs), "reconstruction": errors,
+                "paired": paired_rows(folder, range(42, 42 + seeds))}, file)
         for name in ("scatter-pcm-AstroMAE", "reconstructions"):
             shutil.copyfile(first/f"{name}.png", file.parent/"images"/f"{name}.png")
     print(f"the figures are in {file}")
