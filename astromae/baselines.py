@@ -39,8 +39,7 @@ def colours_and_magnitudes(magnitudes: np.ndarray, # (N, 5) u g r i z, dereddene
     return np.hstack([-np.diff(magnitudes), magnitudes[:, [BANDS.index(band) for band in bands]]])
 
 # %% ../nbs/33_baselines.ipynb #0fb222c3
-def checked_features(train_magnitudes, train_redshifts,
-                                               test_magnitudes, bands: str) -> tuple:
+def checked_features(train_magnitudes, train_redshifts, test_magnitudes, bands: str) -> tuple:
     "Training features, redshifts, test features; `InputError` if anything is wrong with them."
     train = colours_and_magnitudes(train_magnitudes, bands, "training magnitudes")
     test = colours_and_magnitudes(test_magnitudes, bands, "test magnitudes")
@@ -69,7 +68,7 @@ def nearest_neighbours(train_magnitudes: np.ndarray, # (N, 5) dereddened, AB mag
                       ) -> np.ndarray:               # predicted redshifts, (M,)
     "Weighted mean redshift of the nearest neighbours in stretched colours and r magnitude."
     train, redshifts, test = checked_features(train_magnitudes, train_redshifts,
-                                               test_magnitudes, "r")
+                                              test_magnitudes, "r")
     pipeline = make_pipeline(RobustScaler(), FunctionTransformer(_stretch),
                              KNeighborsRegressor(weights="distance"))
     choices = {"functiontransformer__kw_args": [{"factors": factors} for factors in STRETCHES],
@@ -91,7 +90,7 @@ def random_forest(train_magnitudes: np.ndarray, # (N, 5) dereddened, AB mag
                  ) -> np.ndarray:               # predicted redshifts, (M,)
     "Mean of many decision trees on all colours and magnitudes."
     train, redshifts, test = checked_features(train_magnitudes, train_redshifts,
-                                               test_magnitudes, "ugriz")
+                                              test_magnitudes, "ugriz")
     forest = RandomForestRegressor(trees, criterion=loss, min_samples_leaf=leaf, random_state=seed,
                                    n_jobs=1 if len(train) < 50_000 else -1)
     return forest.fit(train, redshifts).predict(test)
@@ -105,7 +104,7 @@ def gradient_boosting(train_magnitudes: np.ndarray, # (N, 5) dereddened, AB mag
                      ) -> np.ndarray:               # predicted redshifts, (M,)
     "Mean of several gradient boosting models on all colours and magnitudes, absolute-error loss."
     train, redshifts, test = checked_features(train_magnitudes, train_redshifts,
-                                               test_magnitudes, "ugriz")
+                                              test_magnitudes, "ugriz")
     settings = dict(loss="absolute_error", learning_rate=0.05, max_iter=3000, early_stopping=True,
                     n_iter_no_change=50)
     vote = VotingRegressor([(f"seed {seed + k}", HistGradientBoostingRegressor(
@@ -134,7 +133,7 @@ def local_linear(train_magnitudes: np.ndarray, # (N, 5) dereddened, AB mag
                 ) -> np.ndarray:               # predicted redshifts, (M,)
     "A plane through the redshifts of the nearest neighbours in colours and r magnitude."
     train, redshifts, test = checked_features(train_magnitudes, train_redshifts,
-                                               test_magnitudes, "r")
+                                              test_magnitudes, "r")
     scaler = RobustScaler().fit(train)
     train, test = scaler.transform(train), scaler.transform(test)
     finder = NearestNeighbors(n_neighbors=min(neighbours, len(train))).fit(train)

@@ -8,8 +8,7 @@ __all__ = ['IMPORT', 'seconds', 'time_ratio', 'rendering_speed', 'learner_overhe
            'scatter_seconds', 'accuracy', 'paired_rows', 'accuracy_rows', 'machine', 'record', 'measure_speed',
            'run_benchmarks']
 
-# %% ../nbs/60_benchmarks.ipynb #96f7bedd
-import bz2
+# %% ../nbs/60_benchmarks.ipynb #86689f5d
 import json
 import os
 import platform
@@ -34,20 +33,19 @@ from timm.models.vision_transformer import Block, PatchEmbed
 from torch import nn
 
 from .batches import BatchLoader, Normalisation, centre_crop
-from .comparison import ACCURACY, compare, render_stamps, save_figure
+from .comparison import ACCURACY, compare, paired_ratio, render_stamps, save_figure
 from .cutouts import cut_stamp_set
 from .dataset import StampSet
 from .errors import write_json
 from .experiments import split_rows
 from .frames import gaussian_wcs
 from .mae import MAEConfig, MaskedAutoencoder, patchify
-from .metrics import paired_bootstrap
 from .plots import density_scatter
 from .simulate import packaged_catalogue, simulate
 from .survey import BANDS, SKY_NOISE, frame_name
 from .training import PretrainSettings, autoencoder_loss, load_trained, make_learner
 
-# %% ../nbs/60_benchmarks.ipynb #d74ef29d
+# %% ../nbs/60_benchmarks.ipynb #e91c57de
 def seconds(function: Callable) -> float:
     "Wall time of one call."
     start = time.perf_counter()
@@ -59,14 +57,14 @@ def time_ratio(a: Callable, b: Callable, runs: int = 5) -> float: # median of ti
     a(), b()
     return float(np.median([seconds(a)/seconds(b) for _ in range(runs)]))
 
-# %% ../nbs/60_benchmarks.ipynb #5b6f5070
+# %% ../nbs/60_benchmarks.ipynb #8cb4abd8
 def rendering_speed(galaxies: int = 2000) -> float: # stamps per second
     "Stamps of five bands and 64 x 64 pixels that are rendered in a second, with their photometry."
     catalogue = packaged_catalogue()[:galaxies]
     next(iter(simulate(catalogue[:64])))
     return galaxies/seconds(lambda: [None for _ in simulate(catalogue)])
 
-# %% ../nbs/60_benchmarks.ipynb #12762cbd
+# %% ../nbs/60_benchmarks.ipynb #7ff3087e
 def learner_overhead(stamps: StampSet, batch_size: int = 256, runs: int = 5) -> float:
     "Time of an epoch through the `Learner` over that of the same steps in a bare loop."
     rows = np.arange(len(stamps))
@@ -91,7 +89,7 @@ def learner_overhead(stamps: StampSet, batch_size: int = 256, runs: int = 5) -> 
 
     return time_ratio(lambda: learner.fit(1), bare, runs)
 
-# %% ../nbs/60_benchmarks.ipynb #a609f06f
+# %% ../nbs/60_benchmarks.ipynb #9f5b82b5
 class ReferenceAutoencoder(nn.Module):
     "The masked autoencoder in its plainest form, to measure against."
     def __init__(self, size=32, patch=8, bands=5, width=192, depth=12, decoder_depth=4, heads=3):
@@ -125,7 +123,7 @@ class ReferenceAutoencoder(nn.Module):
         mask = (restore >= length//4).float()
         return (error*mask).sum()/mask.sum()
 
-# %% ../nbs/60_benchmarks.ipynb #bf53bef1
+# %% ../nbs/60_benchmarks.ipynb #d9924a7d
 def pretraining_ratio(stamps: StampSet, batch_size: int = 256, steps: int = 4,
                       runs: int = 5) -> float:
     "Images per second of our training, loader included, over those of the reference loop."
@@ -151,7 +149,7 @@ def pretraining_ratio(stamps: StampSet, batch_size: int = 256, steps: int = 4,
 
     return 1/time_ratio(lambda: learner.fit(1), reference_epoch, runs)
 
-# %% ../nbs/60_benchmarks.ipynb #a10fded7
+# %% ../nbs/60_benchmarks.ipynb #ad1efd98
 @torch.no_grad()
 def reconstruction_errors(autoencoder, stamps: StampSet, train_rows: np.ndarray,
                           test_rows: np.ndarray, seed: int = 42) -> dict: # name -> error
@@ -175,7 +173,7 @@ def reconstruction_errors(autoencoder, stamps: StampSet, train_rows: np.ndarray,
     errors = {name: error(guess) for name, guess in guesses.items()}
     return {"autoencoder": float(loss), **errors}
 
-# %% ../nbs/60_benchmarks.ipynb #f6c7839c
+# %% ../nbs/60_benchmarks.ipynb #345ee657
 def write_field(folder: Path, sources: int = 1500, shape: tuple = (1489, 2048)) -> Table:
     "Write five frames of sky and point sources; return the sources' positions."
     rng, stars = np.random.default_rng(0), gaussian_wcs(30, (0, 0), shape)
@@ -187,10 +185,7 @@ def write_field(folder: Path, sources: int = 1500, shape: tuple = (1489, 2048)) 
             image[ys - 7:ys + 8, xs - 7:xs + 8] += f/18*np.exp(-(row**2 + column**2)/5.6)
         header = stars.to_header()
         header.update(RUN=1000, CAMCOL=1, FILTER=band)
-        frame = folder/frame_name(band, 1000, 1, 5).removesuffix(".bz2")
-        fits.writeto(frame, image, header)
-        frame.with_name(frame.name + ".bz2").write_bytes(bz2.compress(frame.read_bytes()))
-        frame.unlink()
+        fits.writeto(folder/frame_name(band, 1000, 1, 5), image, header) # packed, as its name says
     return Table(dict(zip(("ra", "dec"), stars.all_pix2world(x, y, 0))))
 
 def cutting_seconds(galaxies: int = 500) -> float: # seconds
@@ -201,7 +196,7 @@ def cutting_seconds(galaxies: int = 500) -> float: # seconds
         positions = write_field(folder/"frames")[:galaxies]
         return seconds(lambda: cut_stamp_set(folder/"frames", folder/"set", positions))
 
-# %% ../nbs/60_benchmarks.ipynb #356ee531
+# %% ../nbs/60_benchmarks.ipynb #d772e3e1
 def write_cube(path: Path, gigabytes: float): # an npz; size of its pixels
     "Write an npz like the published one, of noise around a profile, without holding it in memory."
     rng, (y, x) = np.random.default_rng(0), np.mgrid[:64, :64] - 32
@@ -224,7 +219,7 @@ def copy_file(source: Path, target: Path):
     with open(source, "rb") as old, open(target, "wb") as new:
         while n := old.readinto(buffer): new.write(buffer[:n])
 
-# %% ../nbs/60_benchmarks.ipynb #933d15a1
+# %% ../nbs/60_benchmarks.ipynb #49f29006
 _IMPORT = """
 import re, sys, time
 from astromae.formats import import_stamps
@@ -256,7 +251,7 @@ def import_speed(folder: Path,           # on the disk in question
             peaks.append(peak)
     return float(np.median(ratios)), max(peaks)
 
-# %% ../nbs/60_benchmarks.ipynb #9620e873
+# %% ../nbs/60_benchmarks.ipynb #3cc65706
 def scatter_seconds(galaxies: int = 659_857) -> float: # seconds
     "Time to draw and write a density scatter plot."
     rng = np.random.default_rng(42)
@@ -268,7 +263,7 @@ def scatter_seconds(galaxies: int = 659_857) -> float: # seconds
         plt.close(figure)
     return seconds(draw)
 
-# %% ../nbs/60_benchmarks.ipynb #7b4f434e
+# %% ../nbs/60_benchmarks.ipynb #7645b647
 def accuracy(folder: Path, seeds) -> list: # one dictionary per seed
     "Train with every seed, going on where a former call stopped; scores of networks and baselines."
     stamps = render_stamps(folder/"stamps", ACCURACY.galaxies, 42, progress=True)
@@ -280,9 +275,8 @@ def paired_rows(folder: Path, seeds, others=("gradient boosting", "Henghes et al
     found = []
     for name, seed in product(others, seeds):
         table = Table.read(folder/f"seed-{seed}"/"predictions.fits")
-        pair = paired_bootstrap(table["pcm-AstroMAE"], table[name], table["z_spec"], "sigma_mad",
-                                how="ratio")
-        found.append({"name": name, "seed": seed, **{k: pair[k] for k in ("ratio", "low", "high")}})
+        pair = dict(zip(("ratio", "low", "high"), paired_ratio(table, "pcm-AstroMAE", name)))
+        found.append({"name": name, "seed": seed, **pair})
     return found
 
 def accuracy_rows(runs: list) -> list: # of dictionaries: name, sigma_mad per seed, mean
@@ -292,7 +286,7 @@ def accuracy_rows(runs: list) -> list: # of dictionaries: name, sigma_mad per se
              "mean": float(np.mean([score["sigma_mad"] for score in column]))}
             for column in columns]
 
-# %% ../nbs/60_benchmarks.ipynb #5c20a5da
+# %% ../nbs/60_benchmarks.ipynb #da4cc0c7
 def machine() -> dict:
     "Where the figures were measured."
     return {"architecture": platform.machine(), "threads": torch.get_num_threads(),
@@ -303,7 +297,7 @@ def record(entries: dict, file: Path):
     known = json.loads(file.read_text()) if file.exists() else {}
     write_json(file, {**known, **entries})
 
-# %% ../nbs/60_benchmarks.ipynb #c837a98b
+# %% ../nbs/60_benchmarks.ipynb #2c4086a5
 IMPORT = "import of an 8 GB cube: speed over copying, peak GB"
 
 def measure_speed(folder: Path) -> dict: # name -> figure
@@ -327,14 +321,15 @@ def run_benchmarks(folder, seeds: int = 0, file: Path = Path("nbs/benchmarks.jso
     folder = Path(folder)
     if not seeds: record({"machine": machine(), "speed": measure_speed(folder)}, file)
     else:
-        runs = accuracy(folder, range(42, 42 + seeds))
+        numbers = range(42, 42 + seeds)
+        runs = accuracy(folder, numbers)
         first = folder/f"seed-{runs[0]['seed']}"
         stamps = StampSet.open(folder/"stamps")
         rows = split_rows(stamps, ACCURACY.experiment, runs[0]["seed"])
         errors = reconstruction_errors(load_trained(first/"pretraining"), stamps, rows["pretrain"],
                                        rows["test"])
         record({"accuracy": accuracy_rows(runs), "reconstruction": errors,
-                "paired": paired_rows(folder, range(42, 42 + seeds))}, file)
+                "paired": paired_rows(folder, numbers)}, file)
         for name in ("scatter-pcm-AstroMAE", "reconstructions"):
             shutil.copyfile(first/f"{name}.png", file.parent/"images"/f"{name}.png")
     print(f"the figures are in {file}")

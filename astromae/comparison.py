@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['DEMO', 'ACCURACY', 'MAGNITUDE_METHODS', 'CLOSING', 'Comparison', 'render_stamps', 'folder_name', 'finetune_networks',
            'train_networks', 'magnitude_methods', 'predict_from_magnitudes', 'prediction_columns', 'predict_test_part',
-           'score_column', 'score', 'format_scores', 'judgement', 'compare_two', 'verdict', 'save_figure',
-           'draw_reconstructions', 'draw_losses', 'draw_rates', 'draw_figures', 'compare', 'finetune_and_score',
-           'run_demo']
+           'score_column', 'score', 'format_scores', 'judgement', 'paired_ratio', 'ratio_sentence', 'compare_two',
+           'verdict', 'save_figure', 'draw_reconstructions', 'draw_losses', 'draw_rates', 'draw_figures', 'compare',
+           'finetune_and_score', 'run_demo']
 
-# %% ../nbs/50_comparison.ipynb #a321138c
+# %% ../nbs/50_comparison.ipynb #67e04b18
 import math
 import re
 from collections.abc import Iterable
@@ -42,7 +42,7 @@ from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
                                PretrainSettings, Trained, claim_run, finetune, pretrain,
                                schedule_of)
 
-# %% ../nbs/50_comparison.ipynb #3ee89822
+# %% ../nbs/50_comparison.ipynb #5a767433
 @dataclass(frozen=True)
 class Comparison:
     "What is rendered, trained and compared."
@@ -57,7 +57,7 @@ class Comparison:
 
 DEMO = Comparison()
 
-# %% ../nbs/50_comparison.ipynb #f206e02f
+# %% ../nbs/50_comparison.ipynb #34381737
 ACCURACY = Comparison(
     experiment="accuracy", networks=("pcm-AstroMAE", "Henghes et al."), views=8,
     autoencoder=MAEConfig(encoder="pcm", depth=4, decoder_depth=2),
@@ -66,7 +66,7 @@ ACCURACY = Comparison(
     finetuning=replace(FINETUNE_PRESETS["demo"], epochs=60, cycle=60, rate=1e-3, batch_size=32,
                        checkpoint_every=4))
 
-# %% ../nbs/50_comparison.ipynb #a0cc3e85
+# %% ../nbs/50_comparison.ipynb #3fb5516f
 def render_stamps(folder: Path, galaxies: int, seed: int, progress: bool) -> StampSet:
     "The packaged galaxies as a stamp set, rendered unless the folder has them already."
     if folder.exists(): return StampSet.open(folder)
@@ -78,7 +78,7 @@ def render_stamps(folder: Path, galaxies: int, seed: int, progress: bool) -> Sta
     return write_stamp_set(folder, chunks, len(catalogue), dtype="float16",
                            origin="SDSS redshifts and colours are real, the pixels simulated")
 
-# %% ../nbs/50_comparison.ipynb #476a165b
+# %% ../nbs/50_comparison.ipynb #5814fe02
 def folder_name(name: str) -> str: # letters, digits and hyphens
     "The name of a network as the name of a folder."
     return re.sub(r"[^\w-]+", "-", name).strip("-")
@@ -113,7 +113,7 @@ def train_networks(folder: Path,        # of the comparison
                                           replace(settings.finetuning, seed=settings.seed),
                                           autoencoders, device, progress)
 
-# %% ../nbs/50_comparison.ipynb #993d3299
+# %% ../nbs/50_comparison.ipynb #5c0bf207
 MAGNITUDE_METHODS = (*BASELINES, "template fit")
 
 def magnitude_methods(stamps: StampSet) -> tuple: # names
@@ -135,7 +135,7 @@ def predict_from_magnitudes(name: str,          # of `MAGNITUDE_METHODS`
     errors = np.stack([np.asarray(stamps.catalogue[column]) for column in columns], axis=1)
     return template_fit(*known, errors[train], errors[test], seed=seed)
 
-# %% ../nbs/50_comparison.ipynb #eadf8f29
+# %% ../nbs/50_comparison.ipynb #506ab575
 def prediction_columns(stamps: StampSet,
                        rows: dict,          # from `split_rows`
                        networks: dict,      # name -> trained network
@@ -168,7 +168,7 @@ def predict_test_part(file: Path,       # the table; what it has not yet is adde
         write_predictions(table, file)
     return table
 
-# %% ../nbs/50_comparison.ipynb #4f5688f3
+# %% ../nbs/50_comparison.ipynb #03c2ecd3
 def score_column(z_phot: np.ndarray, z_spec: np.ndarray) -> dict: # see `evaluate`
     "The metrics of a column of predictions; None for each if it is not finite."
     if np.isfinite(z_phot).all(): return evaluate(z_phot, z_spec)
@@ -191,19 +191,26 @@ def format_scores(scores: list) -> str:
         lines.append(f"{row['name']:22}{row['n']:>6}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 
-# %% ../nbs/50_comparison.ipynb #b8b377c0
+# %% ../nbs/50_comparison.ipynb #5cea19a5
 def judgement(low: float, high: float # ends of the interval of a ratio of scatters
              ) -> str:
     "Is the first of two ahead?"
     return ("ahead" if high < 1 else "behind" if low > 1
             else "neither ahead nor behind, within the errors")
 
+def paired_ratio(table: Table, a: str, b: str, metric: str = "sigma_mad") -> tuple: # of floats
+    "Ratio of a metric of two columns of predictions, and the ends of its 95% interval."
+    found = paired_bootstrap(table[a], table[b], table["z_spec"], metric, how="ratio")
+    return found["ratio"], found["low"], found["high"]
+
+def ratio_sentence(a: str, b: str, what: str, ratio: float, low: float, high: float) -> str:
+    "One sentence on the ratio of two scatters."
+    return (f"{a} has {ratio:.2f} times the {what} of {b} (95%: {low:.2f} to {high:.2f}): "
+            f"{judgement(low, high)}.")
+
 def compare_two(table: Table, a: str, b: str) -> str:
     "One sentence on the sigma_mad of two columns of predictions."
-    ratio = paired_bootstrap(table[a], table[b], table["z_spec"], "sigma_mad", how="ratio")
-    return (f"{a} has {ratio['ratio']:.2f} times the sigma_mad of {b} "
-            f"(95%: {ratio['low']:.2f} to {ratio['high']:.2f}): "
-            f"{judgement(ratio['low'], ratio['high'])}.")
+    return ratio_sentence(a, b, "sigma_mad", *paired_ratio(table, a, b))
 
 def verdict(table: Table, networks: tuple) -> str:
     "The first network against the best method on magnitudes, and against the second network."
@@ -211,7 +218,7 @@ def verdict(table: Table, networks: tuple) -> str:
     mark = min(MAGNITUDE_METHODS, key=lambda name: sigma_mad(np.asarray(table[name]), z_spec))
     return "\n".join(compare_two(table, networks[0], name) for name in (mark, *networks[1:2]))
 
-# %% ../nbs/50_comparison.ipynb #1f355def
+# %% ../nbs/50_comparison.ipynb #161e75fb
 def save_figure(figure: plt.Figure, file: Path):
     "Write a figure as PNG and close it."
     with write_aside(file) as new: figure.savefig(new, format="png", dpi=130, bbox_inches="tight")
@@ -236,25 +243,25 @@ def draw_reconstructions(autoencoder: Trained, stamps: StampSet, rows: np.ndarra
         restored = preprocessing.images.inverse(reconstruct(model, seen, noise))
     return plot_reconstructions(images, mask, restored, n=n, bands=bands)
 
-# %% ../nbs/50_comparison.ipynb #19feea72
-def draw_losses(runs: dict) -> plt.Figure: # name -> `Trained`
+# %% ../nbs/50_comparison.ipynb #550b006e
+def draw_losses(logs: dict) -> plt.Figure: # name -> what a run wrote down, see `plot_losses`
     "The losses of every run, two panels in a row."
-    figure, axes = plt.subplots(math.ceil(len(runs)/2), 2, figsize=(9, 2.8*math.ceil(len(runs)/2)))
-    for ax in axes.flat[len(runs):]: ax.axis("off")
-    for ax, (name, run) in zip(axes.flat, runs.items()): plot_losses(run.history, name, ax=ax)
+    figure, axes = plt.subplots(math.ceil(len(logs)/2), 2, figsize=(9, 2.8*math.ceil(len(logs)/2)))
+    for ax in axes.flat[len(logs):]: ax.axis("off")
+    for ax, (name, log) in zip(axes.flat, logs.items()): plot_losses(log, name, ax=ax)
     figure.tight_layout()
     return figure
 
-def draw_rates(settings: Comparison) -> plt.Figure:
+def draw_rates(pretraining: PretrainSettings, finetuning: FinetuneSettings) -> plt.Figure:
     "The learning rates of both phases."
     figure, axes = plt.subplots(1, 2, figsize=(9, 2.8))
-    phases = {"pretraining": settings.pretraining, "fine-tuning": settings.finetuning}
+    phases = {"pretraining": pretraining, "fine-tuning": finetuning}
     for ax, (name, phase) in zip(axes, phases.items()):
         plot_rates(*rate_curve(schedule_of(phase), phase.epochs, steps_per_epoch=50), name, ax)
     figure.tight_layout()
     return figure
 
-# %% ../nbs/50_comparison.ipynb #3af69ae5
+# %% ../nbs/50_comparison.ipynb #6568f380
 def draw_figures(folder: Path, stamps: StampSet, rows: dict, settings: Comparison,
                  autoencoder: Trained, networks: dict, predictions: Table):
     "Write every figure of a comparison into its folder."
@@ -265,11 +272,12 @@ def draw_figures(folder: Path, stamps: StampSet, rows: dict, settings: Compariso
     first = next(iter(networks))
     figures["residuals"] = plot_residuals(z_spec, predictions[first]).figure
     figures["reconstructions"] = draw_reconstructions(autoencoder, stamps, rows["test"])
-    figures["learning-rates"] = draw_rates(settings)
-    figures["losses"] = draw_losses({"pretraining": autoencoder, **networks})
+    figures["learning-rates"] = draw_rates(settings.pretraining, settings.finetuning)
+    runs = {"pretraining": autoencoder, **networks}
+    figures["losses"] = draw_losses({name: run.history for name, run in runs.items()})
     for name, figure in figures.items(): save_figure(figure, folder/f"{name}.png")
 
-# %% ../nbs/50_comparison.ipynb #8042c6cf
+# %% ../nbs/50_comparison.ipynb #318260c5
 def compare(folder,                        # everything is written here; goes on where it stopped
             settings: Comparison = DEMO,
             stamps=None,                   # folder of a stamp set; None: rendered in it
@@ -292,7 +300,7 @@ def compare(folder,                        # everything is written here; goes on
     if not (folder/"model").exists(): save_model(folder/"model", best.model, best.preprocessing)
     return scores
 
-# %% ../nbs/50_comparison.ipynb #16ef1534
+# %% ../nbs/50_comparison.ipynb #85998b0d
 def finetune_and_score(stamps: StampSet, folder, network: str, settings: FinetuneSettings,
                        experiment: str, pretrained=None, device: str|None = None,
                        in_memory: bool = False) -> str|None:
@@ -311,7 +319,7 @@ def finetune_and_score(stamps: StampSet, folder, network: str, settings: Finetun
     save_figure(figure, folder/"scatter.png")
     return f"{format_scores(scores)}\nThe model, its predictions and its figure are in {folder}"
 
-# %% ../nbs/50_comparison.ipynb #7b257ad1
+# %% ../nbs/50_comparison.ipynb #6f63738d
 CLOSING = """
 redshifts and colours are real SDSS, the pixels are simulated
 

@@ -9,7 +9,7 @@ __all__ = ['PUBLISHED_METRICS', 'PUBLISHED', 'PUBLISHED_GALAXIES', 'TABLE_METRIC
            'training_blocks', 'curve_lines', 'mask_blocks', 'curve_blocks', 'departures', 'page_title',
            'parts_sentence', 'page_blocks', 'as_markdown', 'report']
 
-# %% ../nbs/52_report.ipynb #70b8b0d4
+# %% ../nbs/52_report.ipynb #57df1516
 import base64
 import json
 from collections import namedtuple
@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import permutations
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -28,18 +27,18 @@ from matplotlib.figure import Figure
 from scipy.stats import t
 
 from .comparison import (MAGNITUDE_METHODS, draw_losses, draw_rates, folder_name,
-                                 judgement, save_figure)
+                                 judgement, paired_ratio, ratio_sentence, save_figure)
 from .errors import InputError, write_aside
 from .experiments import experiment_named
 from .mae import MAEConfig, visible_patches
-from .metrics import METRICS, paired_bootstrap
+from .metrics import METRICS
 from .plots import (figure_style, plot_ratios, plot_residuals, plot_scan, scatter_grid,
                             value_label)
 from .redshift import ARCHITECTURES
 from .runs import pretrained_kinds
 from .training import FinetuneSettings, PretrainSettings
 
-# %% ../nbs/52_report.ipynb #2f755c32
+# %% ../nbs/52_report.ipynb #758c24fc
 PUBLISHED_METRICS = ("mse", "mae", "bias", "precision", "r2")
 
 _TABLE_4 = {
@@ -65,7 +64,7 @@ PUBLISHED = {table: {name: dict(zip(PUBLISHED_METRICS, row)) for name, row in ro
              for table, rows in (("Table IV", _TABLE_4), ("Table V", _TABLE_5))}
 PUBLISHED_GALAXIES = 659_857  # of Pasquet et al. (2019), in both tables
 
-# %% ../nbs/52_report.ipynb #6276f5a8
+# %% ../nbs/52_report.ipynb #36ed9e30
 TABLE_METRICS = {"sigma_mad": "σ_MAD", "precision": "precision", "mae": "MAE", "mse": "MSE",
                  "bias": "bias", "r2": "R²", "outlier_fraction_005": "|Δz| > 0.05"}
 STUDY_AXES = {"mask-ratio": ("mask ratio", False), # label, is the axis logarithmic?
@@ -99,7 +98,7 @@ class Run:
         scored = {name for scores in self.scores.values() for name in scores}
         return [name for name in (*self.plan["networks"], *MAGNITUDE_METHODS) if name in scored]
 
-# %% ../nbs/52_report.ipynb #a6c9f293
+# %% ../nbs/52_report.ipynb #02eabcd3
 @contextmanager
 def _understanding(file: Path):
     "Whatever fails in the block is said as one sentence on the file."
@@ -144,7 +143,7 @@ def _read_scores(file: Path, metrics, keys=("name",)) -> list: # of dictionaries
             for metric in metrics: float(row[metric] or 0)
     return rows
 
-# %% ../nbs/52_report.ipynb #ae8c15a3
+# %% ../nbs/52_report.ipynb #3a90caf1
 def read_run(folder) -> Run: # `InputError` if the folder is none of an experiment
     "Read the folder of an experiment, finished or not."
     folder = Path(folder)
@@ -168,7 +167,7 @@ def read_run(folder) -> Run: # `InputError` if the folder is none of an experime
                description["stamps"], _read(folder/"environment.json"), predictions, scores, curves,
                logs)
 
-# %% ../nbs/52_report.ipynb #ddfcda53
+# %% ../nbs/52_report.ipynb #fe511d4c
 def _state(run: Run, seed: int, name: str, epochs: int) -> str|None: # None: finished
     "How far a training has come."
     if (run.folder/f"seed-{seed}"/name/"model").exists(): return None
@@ -201,12 +200,12 @@ def missing_parts(run: Run) -> list: # of sentences; empty: the run is finished
         if left: found.append(f"Seed {seed} still needs {', '.join(left)}.")
     return found
 
-# %% ../nbs/52_report.ipynb #75a23589
+# %% ../nbs/52_report.ipynb #f1a7c430
 Block = namedtuple("Block", "kind content caption", defaults=("",))
 Cell = namedtuple("Cell", "text note best", defaults=("", False))
 Row = namedtuple("Row", "kind cells")  # kind: ours or published
 
-# %% ../nbs/52_report.ipynb #7496ed73
+# %% ../nbs/52_report.ipynb #29644e2d
 def _as_text(metric: str, value: float|None, sign: str = "") -> str:
     "A value with as many digits as the paper gives; fractions in percent."
     if value is None: return "–"
@@ -230,7 +229,7 @@ def best_name(run: Run, names, metric: str = "precision") -> str|None: # None: a
     means = {name: np.mean(cost(values)) for name, values in found.items() if None not in values}
     return min(means, key=means.get, default=None)
 
-# %% ../nbs/52_report.ipynb #4e92724f
+# %% ../nbs/52_report.ipynb #db006ffd
 def _diverged(score: dict) -> bool:
     "Is none of the metrics a number?"
     return all(score[metric] is None for metric in TABLE_METRICS)
@@ -253,7 +252,7 @@ def score_table(run: Run) -> Block:
             for metric in TABLE_METRICS)]))
     return Block("table", [["", *TABLE_METRICS.values()], rows])
 
-# %% ../nbs/52_report.ipynb #a91609f6
+# %% ../nbs/52_report.ipynb #3328ced6
 def pairs(field: str, better, worse) -> list: # of (the better by the claim, the other)
     "Architectures that differ in one field of their configuration only."
     configs = {name: asdict(config) for name, config in ARCHITECTURES.items()}
@@ -268,18 +267,18 @@ CLAIMS = {
     "AstroMAE beats Henghes et al.": pairs("encoder", "pcm", "none")
                                      + pairs("encoder", "plain", "none")}
 
-# %% ../nbs/52_report.ipynb #8e1009f8
+# %% ../nbs/52_report.ipynb #6c902b21
 def _finite(table: Table, name: str) -> bool:
     "Has the table a column of this name, with a finite number in every row?"
     return name in table.colnames and np.isfinite(np.ma.filled(table[name], np.nan)).all()
 
 def compare_seeds(run: Run, a: str, b: str) -> tuple|None: # None: no seed has both
     "Ratio of the precision of two columns of predictions, and the ends of its 95% interval."
-    found = [paired_bootstrap(table[a], table[b], table["z_spec"], "precision", how="ratio")
+    found = [paired_ratio(table, a, b, "precision")
              for table in run.predictions.values() if _finite(table, a) and _finite(table, b)]
     if not found: return None
-    logs, n = np.log([pair["ratio"] for pair in found]), len(found)
-    half = np.mean([np.log(pair["high"]/pair["low"]) for pair in found])/2
+    (logs, low, high), n = np.log(found).T, len(found)
+    half = np.mean(high - low)/2
     if n > 1: half = max(half, t.ppf(0.975, n - 1)*logs.std(ddof=1)/n**0.5)
     return tuple(float(np.exp(logs.mean() + step)) for step in (0, -half, half))
 
@@ -288,7 +287,7 @@ def published_ratio(published: str, a: str, b: str) -> float|None:
     table = PUBLISHED[published]
     return table[a]["precision"]/table[b]["precision"] if {a, b} <= set(table) else None
 
-# %% ../nbs/52_report.ipynb #f945ab01
+# %% ../nbs/52_report.ipynb #02249b9c
 def compared_pairs(run: Run) -> dict: # claim -> {(a, b): (ratio, low, high)}
     "Every claim's pairs that this run can compare, and AstroMAE against magnitudes alone."
     methods = [name for name in run.names if name in MAGNITUDE_METHODS]
@@ -303,10 +302,10 @@ def compared_pairs(run: Run) -> dict: # claim -> {(a, b): (ratio, low, high)}
 def pair_sentence(table: str, a: str, b: str, ratio: float, low: float, high: float) -> str:
     "One sentence on two networks, and the ratio in a table of the paper."
     published = published_ratio(table, a, b)
-    return (f"{a} has {ratio:.2f} times the scatter of {b} (95%: {low:.2f} to {high:.2f}): "
-            f"{judgement(low, high)}." + (f" Published: {published:.2f}." if published else ""))
+    return (ratio_sentence(a, b, "scatter", ratio, low, high)
+            + (f" Published: {published:.2f}." if published else ""))
 
-# %% ../nbs/52_report.ipynb #42221724
+# %% ../nbs/52_report.ipynb #1cb95bdb
 def _what_intervals_cover(run: Run, n: int) -> str: # n: comparisons
     "What the intervals say, and how many of them chance makes wrong."
     seeds = len(run.predictions)
@@ -339,7 +338,7 @@ def claim_blocks(run: Run) -> list:
                                   for pair, ratio in compared.items()])]
     return blocks
 
-# %% ../nbs/52_report.ipynb #1d7cbd48
+# %% ../nbs/52_report.ipynb #a32ed39c
 def _group(name: str) -> str:
     "The grid in which a network is drawn."
     if name not in ARCHITECTURES: return "magnitudes alone"
@@ -360,7 +359,7 @@ def scatter_blocks(run: Run) -> list:
                   f"Predicted against spectroscopic redshift, {group}, seed {seed}.")
             for group, found in groups.items()]
 
-# %% ../nbs/52_report.ipynb #7ee2475e
+# %% ../nbs/52_report.ipynb #7072fdc4
 def _shown(run: Run) -> list:
     "The names whose residuals are drawn: the best network, Henghes et al., the best method."
     table = next(iter(run.predictions.values()))
@@ -383,21 +382,20 @@ def draw_residuals(run: Run) -> Figure:
             ax.set_title(name)
     return figure
 
-# %% ../nbs/52_report.ipynb #9d1e5de2
+# %% ../nbs/52_report.ipynb #f54e80c8
 def training_blocks(run: Run) -> list:
     "The learning rates, and the losses of what has been trained with the first seed that has any."
-    phases = SimpleNamespace(**{name: PHASES[name](**run.plan[name])
-                                for name in ("pretraining", "finetuning")})
-    blocks = [Block("figure", ("learning-rates", draw_rates(phases)),
+    phases = (PHASES[name](**run.plan[name]) for name in ("pretraining", "finetuning"))
+    blocks = [Block("figure", ("learning-rates", draw_rates(*phases)),
                     "Learning rates of both phases, as in the paper's Figs. 4, 5 and 8.")]
     for seed, logs in run.logs.items():
-        named = {f"seed-{seed}/{name.removeprefix('networks/')}": SimpleNamespace(history=log)
+        named = {f"seed-{seed}/{name.removeprefix('networks/')}": log
                  for name, log in logs.items()}
         if named: return [*blocks, Block("folded", ("losses", draw_losses(named)),
                                          f"Losses of every training, seed {seed}")]
     return blocks
 
-# %% ../nbs/52_report.ipynb #2c230da9
+# %% ../nbs/52_report.ipynb #1a733cf7
 def curve_lines(run: Run) -> dict: # name -> table with columns x, y (sigma_mad), error
     "The scatter of each network and probe along the values, mean over the seeds."
     points = pd.DataFrame([(point["name"], point["x"], point["sigma_mad"],
@@ -419,7 +417,7 @@ def mask_blocks(run: Run) -> list:
     return [Block("text", f"Really masked, of the {patches} patches of an image: " + ", ".join(
         f"{n} ({n/patches:.1%}) at {ratio:g}" for ratio, n in hidden.items()) + ".")]
 
-# %% ../nbs/52_report.ipynb #59834a54
+# %% ../nbs/52_report.ipynb #f06e2a5d
 def curve_blocks(run: Run) -> list:
     "The curves as a figure and as a table."
     lines, (xlabel, logarithmic), seeds = curve_lines(run), STUDY_AXES[run.study], len(run.curves)
@@ -440,7 +438,7 @@ def curve_blocks(run: Run) -> list:
             Block("table", [[f"σ_MAD by {xlabel}", *map(value_label, run.values)], rows]),
             *(mask_blocks(run) if run.study == "mask-ratio" else [])]
 
-# %% ../nbs/52_report.ipynb #0e3452e8
+# %% ../nbs/52_report.ipynb #0d7ea936
 def departures(plan: dict) -> list: # of sentences
     "Settings that are not the defaults, phase by phase."
     defaults = {phase: settings() for phase, settings in PHASES.items()}
@@ -455,7 +453,7 @@ def departures(plan: dict) -> list: # of sentences
         if found: sentences.append(f"{phase}: {', '.join(found)}.")
     return sentences
 
-# %% ../nbs/52_report.ipynb #de8402d5
+# %% ../nbs/52_report.ipynb #d393fe71
 def page_title(run: Run) -> str:
     "The data set and the experiment in one line."
     done = f"experiment {run.plan['experiment']}" if run.study == "experiment" else run.study
@@ -500,7 +498,7 @@ def _reading(run: Run) -> list:
                               for metric, label in TABLE_METRICS.items()],
                   "What the metrics are")]
 
-# %% ../nbs/52_report.ipynb #99ef5ded
+# %% ../nbs/52_report.ipynb #b2c02bd2
 def page_blocks(run: Run) -> list:
     "The whole page, from top to bottom."
     blocks = _introduction(run)
@@ -521,7 +519,7 @@ def page_blocks(run: Run) -> list:
         "list", [f"{key}: {value}" for key, value in run.environment.items()])]
     return blocks
 
-# %% ../nbs/52_report.ipynb #160c163d
+# %% ../nbs/52_report.ipynb #472bc2cf
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2.5rem auto;
        padding: 0 1.2rem; }
@@ -543,7 +541,7 @@ figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption, details { colo
   font-size: .88rem; }
 """
 
-# %% ../nbs/52_report.ipynb #172ae0a4
+# %% ../nbs/52_report.ipynb #81777032
 _HTML = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{{ title }}</title><style>""" + _STYLE + """</style></head><body>
@@ -571,7 +569,7 @@ _HTML = """<!doctype html>
 """
 _TEMPLATE = Template(_HTML, autoescape=True)
 
-# %% ../nbs/52_report.ipynb #94fc7d49
+# %% ../nbs/52_report.ipynb #867c57e1
 def _markdown_row(cells: list) -> str:
     "A row of a table; a vertical bar would end a cell."
     texts = [f"{f'**{cell.text}**' if cell.best else cell.text} {cell.note}" for cell in cells]
@@ -592,7 +590,7 @@ def as_markdown(block: Block) -> str:
         return "\n".join(([f"{caption}:\n"] if caption else []) + [f"- {item}" for item in content])
     return content
 
-# %% ../nbs/52_report.ipynb #0a40c472
+# %% ../nbs/52_report.ipynb #fca60007
 def report(folder          # of an experiment, finished or not
           ) -> Path:       # the HTML page; report.md and figures/ are written beside it
     "Write `report.html` and `report.md` into the folder of an experiment."

@@ -9,7 +9,7 @@ __all__ = ['PLANS', 'NETWORKS', 'LEAST_TRAINING', 'MASK_RATIOS', 'LABEL_FRACTION
            'run_pretrainings', 'run_mask_ratio', 'encoder_variants', 'run_encoder', 'some_labels',
            'run_label_efficiency']
 
-# %% ../nbs/51_runs.ipynb #7ec2640e
+# %% ../nbs/51_runs.ipynb #6f864d4d
 import json
 import platform
 import subprocess
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from astropy.table import Table
-from fastai.torch_core import num_distrib, rank_distrib
+from fastai.torch_core import rank_distrib
 
 import astromae
 from .catalogue import split
@@ -36,9 +36,9 @@ from .probes import PROBES
 from .redshift import ARCHITECTURES, architecture
 from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
                                PretrainSettings, check_labels, claim_run, match_encoder,
-                               pretrain, process_device)
+                               pretrain, process_device, rank_and_world)
 
-# %% ../nbs/51_runs.ipynb #22a43ca2
+# %% ../nbs/51_runs.ipynb #5d1ad346
 @dataclass(frozen=True)
 class Plan:
     "What is pretrained, fine-tuned and compared; the defaults are the paper's experiment 1."
@@ -63,7 +63,7 @@ class Plan:
             f"the seeds are {', '.join(map(str, self.seeds))}; choose numbers from 0 to "
             f"{2**32 - 1}.")
 
-# %% ../nbs/51_runs.ipynb #5d7b38c6
+# %% ../nbs/51_runs.ipynb #77758d1a
 PLANS = {
     "paper": Plan(),
     "gpu-hour": Plan(
@@ -77,7 +77,7 @@ PLANS = {
         finetuning=replace(FINETUNE_PRESETS["demo"], epochs=25, cycle=25, rate=1e-3,
                            batch_size=32))}
 
-# %% ../nbs/51_runs.ipynb #2e05848f
+# %% ../nbs/51_runs.ipynb #a8f97beb
 NETWORKS = {**dict.fromkeys(EXPERIMENTS, tuple(ARCHITECTURES)),
             "2": ("pcm-AstroMAE", "Henghes et al."),
             "mask-ratio": ("pcm-ViT",), "encoder": ("pcm-ViT",),
@@ -99,7 +99,7 @@ def plan_named(name: str = "1",       # one of `NETWORKS`: an experiment or a st
                    networks=tuple(networks) or NETWORKS[name],
                    seeds=tuple(seeds) or PLANS[preset].seeds)
 
-# %% ../nbs/51_runs.ipynb #101b7535
+# %% ../nbs/51_runs.ipynb #fab92bf0
 LEAST_TRAINING = 50
 
 def rows_of_seeds(stamps: StampSet, plan: Plan) -> dict: # seed -> rows, see `split_rows`
@@ -112,7 +112,7 @@ def rows_of_seeds(stamps: StampSet, plan: Plan) -> dict: # seed -> rows, see `sp
             f"train on in experiment {plan.experiment}; take a set that leaves {LEAST_TRAINING}.")
     return rows
 
-# %% ../nbs/51_runs.ipynb #877e2a19
+# %% ../nbs/51_runs.ipynb #e3155f2e
 def git_commit(folder: Path) -> str: # forty hexadecimal digits, or unknown
     "The commit that last changed a folder."
     try: said = subprocess.run(["git", "-C", folder, "log", "-1", "--format=%H", "--", "."],
@@ -127,9 +127,9 @@ def environment(device=None) -> dict: # name -> version, or what it is
     return {"astromae": astromae.__version__, "commit": git_commit(Path(astromae.__file__).parent),
             "python": platform.python_version(), "torch": torch.__version__,
             "machine": platform.platform(), "device": str(device),
-            "processes": max(num_distrib(), 1), "threads": torch.get_num_threads()}
+            "processes": rank_and_world()[1], "threads": torch.get_num_threads()}
 
-# %% ../nbs/51_runs.ipynb #03b5f5da
+# %% ../nbs/51_runs.ipynb #e8c2fba8
 def write_split(file: Path, stamps: StampSet, experiment: str, seed: int):
     "Write which part every row of the set is in."
     parts = split(stamps.catalogue, experiment_named(experiment).fractions, seed)
@@ -146,16 +146,16 @@ def begin_run(folder: Path, stamps: StampSet, plan: Plan, device,
     set_of_stamps = {"origin": stamps.origin, "n": len(stamps),
                      "checksums": stamps.description["checksums"],
                      "selection": selection.get("rows"), "condition": selection.get("condition")}
-    made_with = environment(device)
+    process_device(device) # refuses a device that is not there
     claim_run(folder, {"study": study, "values": values, "plan": asdict(plan),
                        "stamps": set_of_stamps, "version": astromae.__version__})
     if rank_distrib(): return
-    if not (file := folder/"environment.json").exists(): write_json(file, made_with)
+    if not (file := folder/"environment.json").exists(): write_json(file, environment(device))
     for seed in plan.seeds:
         if not (file := folder/f"seed-{seed}"/"split.fits").exists():
             write_split(file, stamps, plan.experiment, seed)
 
-# %% ../nbs/51_runs.ipynb #b3906262
+# %% ../nbs/51_runs.ipynb #e95b1e97
 def pretrained_kinds(networks: tuple) -> list: # of plain and pcm
     "The kinds of encoder that these networks want pretrained."
     wanted = [architecture(name) for name in networks]
@@ -169,7 +169,7 @@ def pretrain_encoders(folder: Path, stamps: StampSet, rows: dict, plan: Plan, se
                            replace(plan.pretraining, seed=seed), **where)
             for kind in pretrained_kinds(plan.networks)}
 
-# %% ../nbs/51_runs.ipynb #05984559
+# %% ../nbs/51_runs.ipynb #95a0431b
 def wait_for(file: Path, seconds: float = 0.5):
     "Return when a file is there; look again after some seconds."
     while not file.exists(): time.sleep(seconds)
@@ -202,7 +202,7 @@ def run_networks(folder: Path,       # networks, predictions and metrics go ther
     write_json(folder/"metrics.json", scores)
     return scores
 
-# %% ../nbs/51_runs.ipynb #6e8742c2
+# %% ../nbs/51_runs.ipynb #37b56a6d
 def run_experiment(stamps: StampSet,          # labelled where the experiment wants it
                    folder,                    # of the run; goes on where it stopped
                    plan: Plan = Plan(),
@@ -221,7 +221,7 @@ def run_experiment(stamps: StampSet,          # labelled where the experiment wa
                      magnitude_methods(stamps))
     return folder
 
-# %% ../nbs/51_runs.ipynb #1b5b469e
+# %% ../nbs/51_runs.ipynb #48d7387b
 def probe_columns(stamps: StampSet, train: np.ndarray, test: np.ndarray, autoencoders: dict,
                   seed: int, device) -> dict: # name -> function that gives redshifts
     "What the frozen embedding of each autoencoder knows, see `prediction_columns`."
@@ -239,7 +239,7 @@ def curve_points(variant: str, x: float, scores: list, **more) -> list: # one pe
     "The scores of one variant as points of a curve."
     return [{"variant": variant, "x": x, **more, **score} for score in scores]
 
-# %% ../nbs/51_runs.ipynb #b4986feb
+# %% ../nbs/51_runs.ipynb #84879c2f
 def run_pretrainings(stamps: StampSet, folder, study: str,
                      plan: Plan,      # of all
                      plans: dict,     # value of the study -> plan
@@ -264,7 +264,7 @@ def run_pretrainings(stamps: StampSet, folder, study: str,
             if not rank_distrib(): write_json(home/"curve.json", curve)
     return folder
 
-# %% ../nbs/51_runs.ipynb #2e0a4dcc
+# %% ../nbs/51_runs.ipynb #f36a1b0f
 MASK_RATIOS = (0.25, 0.5, 0.6, 0.75, 0.9)
 
 def run_mask_ratio(stamps: StampSet,
@@ -280,7 +280,7 @@ def run_mask_ratio(stamps: StampSet,
              for ratio in ratios}
     return run_pretrainings(stamps, folder, "mask-ratio", plan, plans, device, progress, in_memory)
 
-# %% ../nbs/51_runs.ipynb #9396231d
+# %% ../nbs/51_runs.ipynb #9a1a39e4
 def encoder_variants(plan: Plan) -> dict: # name -> plan
     "The plan, and plans that each do one thing otherwise."
     model, first, second = plan.autoencoder, plan.pretraining, plan.finetuning
@@ -308,12 +308,12 @@ def run_encoder(stamps: StampSet,
     return run_pretrainings(stamps, folder, "encoder", plan, encoder_variants(plan), device,
                             progress, in_memory)
 
-# %% ../nbs/51_runs.ipynb #cfff5611
+# %% ../nbs/51_runs.ipynb #95d824ba
 def some_labels(stamps: StampSet, train: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     "The training rows of a fraction of the galaxies; a larger fraction has them too."
     return train[split(stamps.catalogue[train], {"labels": fraction}, seed)["labels"]]
 
-# %% ../nbs/51_runs.ipynb #1fc58548
+# %% ../nbs/51_runs.ipynb #7518ec30
 LABEL_FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.)
 
 def run_label_efficiency(stamps: StampSet,
@@ -350,6 +350,6 @@ def run_label_efficiency(stamps: StampSet,
             if not rank_distrib(): write_json(home/"curve.json", curve)
     return folder
 
-# %% ../nbs/51_runs.ipynb #bbd703c7
+# %% ../nbs/51_runs.ipynb #f5929470
 STUDIES = {"mask-ratio": run_mask_ratio, "encoder": run_encoder,
            "label-efficiency": run_label_efficiency}
