@@ -62,8 +62,9 @@ experiments: env
 	@$(EXPERIMENT) encoder $(SMALL) --out bench/encoder --parts demo
 	@$(EXPERIMENT) label-efficiency $(SMALL) --out bench/label-efficiency --parts demo
 	@for run in fourteen-networks mask-ratio encoder label-efficiency; do \
-	  $(BIN)/astromae report bench/$$run && mkdir -p nbs/results/$$run && \
-	  cp -R bench/$$run/report.md bench/$$run/figures nbs/results/$$run/ || exit; \
+	  $(BIN)/astromae report bench/$$run && rm -rf nbs/results/$$run && mkdir -p nbs/results/$$run && \
+	  (cd bench/$$run && find . -maxdepth 2 -type f ! -name report.html ! -name split.fits) | \
+	  tar -cf - -C bench/$$run -T - | tar -xf - -C nbs/results/$$run || exit; \
 	done
 
 lab: env
