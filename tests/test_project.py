@@ -106,6 +106,19 @@ def test_the_site_names_every_notebook_and_no_other_file():
     assert (REPOSITORY/"nbs"/"_quarto.yml").resolve() == REPOSITORY/"_quarto.yml"
 
 
+def test_the_site_has_the_report_of_every_measured_run():
+    "Finished, with its data set in the first line, and with its figures."
+    shown = re.findall(r"results/[\w-]+/report\.md", (REPOSITORY/"_quarto.yml").read_text())
+    reports = sorted((REPOSITORY/"nbs"/"results").glob("*/report.md"))
+    assert sorted(shown) == [str(path.relative_to(REPOSITORY/"nbs")) for path in reports] and shown
+    for path in reports:
+        text = path.read_text()
+        assert "pixels simulated (10,000 stamps)" in text.splitlines()[0]
+        assert "not finished" not in text
+        figures = re.findall(r"\]\((figures/[\w-]+\.png)\)", text)
+        assert figures and {path.parent/name for name in figures} == set(path.parent.glob("figures/*"))
+
+
 def test_no_pickle_is_loaded():
     "Not by numpy, and by torch only what `weights_only` lets through."
     for path in (REPOSITORY/"astromae").glob("*.py"):
