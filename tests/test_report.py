@@ -334,7 +334,7 @@ def test_a_run_that_is_trained_but_not_predicted_says_so(tmp_path):
 def test_a_study_is_a_curve(tmp_path, study, values):
     folder = write_run(tmp_path/"run", study=study, values=values, networks=("pcm-ViT",))
     names = ("pcm-ViT", "pcm linear probe")
-    curve = [{"variant": str(x), "x": x, "name": name, "sigma_mad": 0.02 + 0.01*place,
+    curve = [{"variant": str(x), "x": x, "name": name, "n": 500, "sigma_mad": 0.02 + 0.01*place,
               "errors": {"sigma_mad": 0.001}} for place, x in enumerate(values[:2]) for name in names]
     write_json(folder/"seed-42"/"curve.json", curve)
     run = read_run(folder)
@@ -357,7 +357,8 @@ def test_several_seeds_of_a_study_show_their_scatter(tmp_path):
                        networks=("pcm-ViT",))
     points = {1: {0.25: 0.02, 0.5: 0.02, 0.75: None}, 2: {0.25: 0.03, 0.5: 0.02, 0.75: None}}
     for seed, curve in points.items(): write_json(folder/f"seed-{seed}"/"curve.json", [
-        {"name": "pcm-ViT", "x": x, "sigma_mad": y, "errors": {"sigma_mad": y and 0.001}} for x, y in curve.items()])
+        {"name": "pcm-ViT", "x": x, "n": 500, "sigma_mad": y, "errors": {"sigma_mad": y and 0.001}}
+        for x, y in curve.items()])
     figure, table, _ = curve_blocks(read_run(folder))
     plt.close(figure.content[1])
     assert "larger of the mean bootstrap error and the standard deviation over the seeds" in figure.caption
