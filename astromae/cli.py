@@ -8,7 +8,7 @@ __all__ = ['app', 'Device', 'Seed', 'Preset', 'ExperimentName', 'Epochs', 'Batch
            'export_verb', 'pretrain_verb', 'finetune_verb', 'experiment_verb', 'report_verb', 'predict_verb',
            'demo_verb', 'bench_verb', 'main']
 
-# %% ../nbs/90_cli.ipynb #9cc3e22e
+# %% ../nbs/90_cli.ipynb #6c0851b1
 import sys, warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +19,7 @@ import typer
 
 from .errors import InputError
 
-# %% ../nbs/90_cli.ipynb #e7f7bcc0
+# %% ../nbs/90_cli.ipynb #4ab8bf86
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   rich_markup_mode=None,
                   help="Photometric redshifts of galaxies from images, by masked autoencoding.")
@@ -41,7 +41,7 @@ Server = Annotated[Optional[str], typer.Option(help="address; default: astroquer
 Release = Annotated[Optional[int], typer.Option(help="data release; default: astroquery's")]
 InMemory = Annotated[bool, typer.Option(help="keep the stamps in memory, on the device")]
 
-# %% ../nbs/90_cli.ipynb #214a87a0
+# %% ../nbs/90_cli.ipynb #a4d513cc
 def _preset(presets: dict, name: str, **overrides):
     "The settings of a preset, with the options that were given."
     if name not in presets:
@@ -67,7 +67,7 @@ def _held(stamps) -> str:
                          f"mag_{stamps.bands[-1]} to the catalogue: redshifts need them)")
     return f"{held}: {stamps.folder}"
 
-# %% ../nbs/90_cli.ipynb #ecfb3474
+# %% ../nbs/90_cli.ipynb #34507f07
 def _bands(text: str) -> list:
     "Names of bands from `ugriz` or `u,g,r,i,z`."
     names = [name.strip() for name in text.split(",")] if "," in text else list(text)
@@ -89,7 +89,7 @@ def _warnings_as_sentences():
         warnings.showwarning = lambda message, *_: print(f"astromae: {message}", file=sys.stderr)
         yield
 
-# %% ../nbs/90_cli.ipynb #c6f037ce
+# %% ../nbs/90_cli.ipynb #dea725b6
 @app.command("simulate")
 def simulate_verb(
     out: Annotated[Path, typer.Argument(help="folder of the new stamp set")],
@@ -100,7 +100,7 @@ def simulate_verb(
     if out.exists(): raise InputError(f"{out} exists; choose another folder or remove it.")
     print(f"{len(render_stamps(out, galaxies, seed, progress=True))} stamps are in {out}")
 
-# %% ../nbs/90_cli.ipynb #cfe943b2
+# %% ../nbs/90_cli.ipynb #ff788e7a
 @app.command("query")
 def query_verb(
     out: Annotated[Path, typer.Argument(help="FITS file of the new catalogue")],
@@ -138,7 +138,7 @@ def fetch_verb(
     if not summary.complete: raise InputError(
         f"{len(summary.failed)} frames are missing in {frames}; run the same command again.")
 
-# %% ../nbs/90_cli.ipynb #cdbee63d
+# %% ../nbs/90_cli.ipynb #16104a31
 @app.command("cut")
 def cut_verb(
     frames: Annotated[Path, typer.Argument(help="folder of frames")],
@@ -162,7 +162,7 @@ def cut_verb(
     if catalogue is None:
         print("the dust of our galaxy is still in the magnitudes of galaxies that were found here")
 
-# %% ../nbs/90_cli.ipynb #5442cab0
+# %% ../nbs/90_cli.ipynb #2e61a090
 @app.command("import")
 def import_verb(
     source: Annotated[Path, typer.Argument(
@@ -203,7 +203,7 @@ def export_verb(
     exporters[out.suffix.lower()](_open(stamps, where), out, overwrite=overwrite, progress=True)
     print(f"the stamps are in {out}")
 
-# %% ../nbs/90_cli.ipynb #664fb634
+# %% ../nbs/90_cli.ipynb #379158ff
 @app.command("pretrain")
 def pretrain_verb(
     stamps: Annotated[Path, typer.Argument(help="folder of a stamp set")],
@@ -234,7 +234,7 @@ def pretrain_verb(
     if not rank_distrib():
         print(f"the autoencoder is in {trained.folder/'model'}, its losses in {out/'history.csv'}")
 
-# %% ../nbs/90_cli.ipynb #924d5fe3
+# %% ../nbs/90_cli.ipynb #dd9cce9d
 @app.command("finetune")
 def finetune_verb(
     stamps: Annotated[Path, typer.Argument(help="folder of a stamp set")],
@@ -257,11 +257,12 @@ def finetune_verb(
                                 pretrained, device, in_memory)
     if scores: print(scores) # the first process has them
 
-# %% ../nbs/90_cli.ipynb #bda9cc41
+# %% ../nbs/90_cli.ipynb #3fbed54a
 @app.command("experiment")
 def experiment_verb(
     name: Annotated[str, typer.Argument(
-        help="1 or 2 (the paper), demo, accuracy; mask-ratio, encoder, label-efficiency")],
+        help="1 or 2 (the paper), demo, accuracy; mask-ratio, pretraining-epochs, encoder, "
+             "label-efficiency")],
     data: Annotated[Path, typer.Option(help="folder of a stamp set")],
     out: Annotated[Path, typer.Option(help="folder of the run; goes on where it stopped")],
     preset: Annotated[str, typer.Option(help="paper, gpu-hour or two-cores")] = "paper",
@@ -287,7 +288,7 @@ def report_verb(
     from astromae.report import report
     print(f"the page is {report(run)}")
 
-# %% ../nbs/90_cli.ipynb #d48d7350
+# %% ../nbs/90_cli.ipynb #aab77198
 @app.command("predict")
 def predict_verb(
     model: Annotated[Path, typer.Argument(help="folder of a saved model")],
@@ -305,7 +306,7 @@ def predict_verb(
     write_predictions(predict(model, stamps, views=views, device=device, progress=True), out)
     print(f"the redshifts are in {out}")
 
-# %% ../nbs/90_cli.ipynb #8d51cf27
+# %% ../nbs/90_cli.ipynb #3b40e74e
 @app.command("demo")
 def demo_verb(
     out: Annotated[Path, typer.Argument(help="folder for everything that is made")] = Path("demo"),
@@ -318,12 +319,15 @@ def demo_verb(
 def bench_verb(
     out: Annotated[Path, typer.Argument(help="folder for everything that is made")] = Path("bench"),
     accuracy: Annotated[int, typer.Option(
-        min=0, help="seeds to train with on 7,000 galaxies (hours); 0: speed only")] = 0):
+        min=0, help="seeds to train with on 7,000 galaxies (hours); 0: speed only")] = 0,
+    rates: Annotated[bool, typer.Option(
+        "--rates", help="only how many images a second all trainings take, on a GPU")] = False):
     "The measured figures of the documentation."
-    from astromae.benchmarks import run_benchmarks
-    run_benchmarks(out, accuracy)
+    from astromae.benchmarks import record_rates, run_benchmarks
+    if rates: record_rates(out)
+    else: run_benchmarks(out, accuracy)
 
-# %% ../nbs/90_cli.ipynb #cc1defff
+# %% ../nbs/90_cli.ipynb #7cf147c9
 def main():
     "The entry point of the command `astromae`."
     try: return app()

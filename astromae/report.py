@@ -9,7 +9,7 @@ __all__ = ['PUBLISHED_METRICS', 'PUBLISHED', 'PUBLISHED_GALAXIES', 'TABLE_METRIC
            'training_blocks', 'curve_lines', 'mask_blocks', 'curve_blocks', 'departures', 'page_title',
            'parts_sentence', 'page_blocks', 'as_markdown', 'report']
 
-# %% ../nbs/52_report.ipynb #9f04722a
+# %% ../nbs/52_report.ipynb #5010dade
 import base64
 import json
 from collections import namedtuple
@@ -38,7 +38,7 @@ from .redshift import ARCHITECTURES
 from .runs import pretrained_kinds
 from .training import FinetuneSettings, PretrainSettings
 
-# %% ../nbs/52_report.ipynb #b14d7944
+# %% ../nbs/52_report.ipynb #363d0e4a
 PUBLISHED_METRICS = ("mse", "mae", "bias", "precision", "r2")
 
 _TABLE_4 = {
@@ -64,10 +64,11 @@ PUBLISHED = {table: {name: dict(zip(PUBLISHED_METRICS, row)) for name, row in ro
              for table, rows in (("Table IV", _TABLE_4), ("Table V", _TABLE_5))}
 PUBLISHED_GALAXIES = 659_857  # of Pasquet et al. (2019), in both tables
 
-# %% ../nbs/52_report.ipynb #a1bbe68d
+# %% ../nbs/52_report.ipynb #72d92560
 TABLE_METRICS = {"sigma_mad": "σ_MAD", "precision": "precision", "mae": "MAE", "mse": "MSE",
                  "bias": "bias", "r2": "R²", "outlier_fraction_005": "|Δz| > 0.05"}
 STUDY_AXES = {"mask-ratio": ("mask ratio", False), # label, is the axis logarithmic?
+              "pretraining-epochs": ("epochs of pretraining", True),
               "encoder": ("way of pretraining", False),
               "label-efficiency": ("share of the labels", True)}
 PHASES = {"autoencoder": MAEConfig, "pretraining": PretrainSettings,
@@ -98,7 +99,7 @@ class Run:
         scored = {name for scores in self.scores.values() for name in scores}
         return [name for name in (*self.plan["networks"], *MAGNITUDE_METHODS) if name in scored]
 
-# %% ../nbs/52_report.ipynb #c99d76ab
+# %% ../nbs/52_report.ipynb #33df3d48
 @contextmanager
 def _understanding(file: Path):
     "Whatever fails in the block is said as one sentence on the file."
@@ -143,7 +144,7 @@ def _read_scores(file: Path, metrics, keys=("name",)) -> list: # of dictionaries
             for metric in metrics: float(row[metric] or 0)
     return rows
 
-# %% ../nbs/52_report.ipynb #06d92882
+# %% ../nbs/52_report.ipynb #353fe3b3
 def read_run(folder) -> Run: # `InputError` if the folder is none of an experiment
     "Read the folder of an experiment, finished or not."
     folder = Path(folder)
@@ -167,7 +168,7 @@ def read_run(folder) -> Run: # `InputError` if the folder is none of an experime
                description["stamps"], _read(folder/"environment.json"), predictions, scores, curves,
                logs)
 
-# %% ../nbs/52_report.ipynb #30e734d5
+# %% ../nbs/52_report.ipynb #766c5e59
 def _state(run: Run, seed: int, name: str, epochs: int) -> str|None: # None: finished
     "How far a training has come."
     if (run.folder/f"seed-{seed}"/name/"model").exists(): return None
@@ -200,12 +201,12 @@ def missing_parts(run: Run) -> list: # of sentences; empty: the run is finished
         if left: found.append(f"Seed {seed} still needs {', '.join(left)}.")
     return found
 
-# %% ../nbs/52_report.ipynb #1dd42ea7
+# %% ../nbs/52_report.ipynb #374a4920
 Block = namedtuple("Block", "kind content caption", defaults=("",))
 Cell = namedtuple("Cell", "text note best", defaults=("", False))
 Row = namedtuple("Row", "kind cells")  # kind: ours or published
 
-# %% ../nbs/52_report.ipynb #70cf3bef
+# %% ../nbs/52_report.ipynb #2b98db82
 def _as_text(metric: str, value: float|None, sign: str = "") -> str:
     "A value with as many digits as the paper gives; fractions in percent."
     if value is None: return "–"
@@ -229,7 +230,7 @@ def best_name(run: Run, names, metric: str = "precision") -> str|None: # None: a
     means = {name: np.mean(cost(values)) for name, values in found.items() if None not in values}
     return min(means, key=means.get, default=None)
 
-# %% ../nbs/52_report.ipynb #96dc9be4
+# %% ../nbs/52_report.ipynb #ac066c36
 def _diverged(score: dict) -> bool:
     "Is none of the metrics a number?"
     return all(score[metric] is None for metric in TABLE_METRICS)
@@ -252,7 +253,7 @@ def score_table(run: Run) -> Block:
             for metric in TABLE_METRICS)]))
     return Block("table", [["", *TABLE_METRICS.values()], rows])
 
-# %% ../nbs/52_report.ipynb #988baa07
+# %% ../nbs/52_report.ipynb #0db9e1d5
 def pairs(field: str, better, worse) -> list: # of (the better by the claim, the other)
     "Architectures that differ in one field of their configuration only."
     configs = {name: asdict(config) for name, config in ARCHITECTURES.items()}
@@ -267,7 +268,7 @@ CLAIMS = {
     "AstroMAE beats Henghes et al.": pairs("encoder", "pcm", "none")
                                      + pairs("encoder", "plain", "none")}
 
-# %% ../nbs/52_report.ipynb #09303034
+# %% ../nbs/52_report.ipynb #10f43732
 def _finite(table: Table, name: str) -> bool:
     "Has the table a column of this name, with a finite number in every row?"
     return name in table.colnames and np.isfinite(np.ma.filled(table[name], np.nan)).all()
@@ -287,7 +288,7 @@ def published_ratio(published: str, a: str, b: str) -> float|None:
     table = PUBLISHED[published]
     return table[a]["precision"]/table[b]["precision"] if {a, b} <= set(table) else None
 
-# %% ../nbs/52_report.ipynb #9c68b914
+# %% ../nbs/52_report.ipynb #6dcc631a
 def compared_pairs(run: Run) -> dict: # claim -> {(a, b): (ratio, low, high)}
     "Every claim's pairs that this run can compare, and AstroMAE against magnitudes alone."
     methods = [name for name in run.names if name in MAGNITUDE_METHODS]
@@ -305,7 +306,7 @@ def pair_sentence(table: str, a: str, b: str, ratio: float, low: float, high: fl
     return (ratio_sentence(a, b, "scatter", ratio, low, high)
             + (f" Published: {published:.2f}." if published else ""))
 
-# %% ../nbs/52_report.ipynb #fc0d686e
+# %% ../nbs/52_report.ipynb #eafaad37
 def _what_intervals_cover(run: Run, n: int) -> str: # n: comparisons
     "What the intervals say, and how many of them chance makes wrong."
     seeds = len(run.predictions)
@@ -338,7 +339,7 @@ def claim_blocks(run: Run) -> list:
                                   for pair, ratio in compared.items()])]
     return blocks
 
-# %% ../nbs/52_report.ipynb #1a2a9ffd
+# %% ../nbs/52_report.ipynb #703deac5
 def _group(name: str) -> str:
     "The grid in which a network is drawn."
     if name not in ARCHITECTURES: return "magnitudes alone"
@@ -359,7 +360,7 @@ def scatter_blocks(run: Run) -> list:
                   f"Predicted against spectroscopic redshift, {group}, seed {seed}.")
             for group, found in groups.items()]
 
-# %% ../nbs/52_report.ipynb #44de2fe8
+# %% ../nbs/52_report.ipynb #fc90193a
 def _shown(run: Run) -> list:
     "The names whose residuals are drawn: the best network, Henghes et al., the best method."
     table = next(iter(run.predictions.values()))
@@ -382,7 +383,7 @@ def draw_residuals(run: Run) -> Figure:
             ax.set_title(name)
     return figure
 
-# %% ../nbs/52_report.ipynb #a76d9300
+# %% ../nbs/52_report.ipynb #700086d7
 def training_blocks(run: Run) -> list:
     "The learning rates, and the losses of what has been trained with the first seed that has any."
     phases = (PHASES[name](**run.plan[name]) for name in ("pretraining", "finetuning"))
@@ -395,7 +396,7 @@ def training_blocks(run: Run) -> list:
                                          f"Losses of every training, seed {seed}")]
     return blocks
 
-# %% ../nbs/52_report.ipynb #79dc0a09
+# %% ../nbs/52_report.ipynb #5685e556
 def curve_lines(run: Run) -> dict: # name -> table with columns x, y (sigma_mad), error
     "The scatter of each network and probe along the values, mean over the seeds."
     points = pd.DataFrame([(point["name"], point["x"], point["sigma_mad"],
@@ -417,7 +418,7 @@ def mask_blocks(run: Run) -> list:
     return [Block("text", f"Really masked, of the {patches} patches of an image: " + ", ".join(
         f"{n} ({n/patches:.1%}) at {ratio:g}" for ratio, n in hidden.items()) + ".")]
 
-# %% ../nbs/52_report.ipynb #49283270
+# %% ../nbs/52_report.ipynb #4ab6ab41
 def curve_blocks(run: Run) -> list:
     "The curves as a figure and as a table."
     lines, (xlabel, logarithmic), seeds = curve_lines(run), STUDY_AXES[run.study], len(run.curves)
@@ -438,7 +439,7 @@ def curve_blocks(run: Run) -> list:
             Block("table", [[f"σ_MAD by {xlabel}", *map(value_label, run.values)], rows]),
             *(mask_blocks(run) if run.study == "mask-ratio" else [])]
 
-# %% ../nbs/52_report.ipynb #925e69a1
+# %% ../nbs/52_report.ipynb #071f60b8
 def departures(plan: dict) -> list: # of sentences
     "Settings that are not the defaults, phase by phase."
     defaults = {phase: settings() for phase, settings in PHASES.items()}
@@ -453,7 +454,7 @@ def departures(plan: dict) -> list: # of sentences
         if found: sentences.append(f"{phase}: {', '.join(found)}.")
     return sentences
 
-# %% ../nbs/52_report.ipynb #42cb0d3b
+# %% ../nbs/52_report.ipynb #84ff63a7
 def page_title(run: Run) -> str:
     "The data set and the experiment in one line."
     done = f"experiment {run.plan['experiment']}" if run.study == "experiment" else run.study
@@ -482,7 +483,7 @@ def _introduction(run: Run) -> list:
             *([Block("warning", "This run is not finished."), Block("list", missing)]
               if missing else [])]
 
-# %% ../nbs/52_report.ipynb #50594b6f
+# %% ../nbs/52_report.ipynb #5ec578b2
 def _reading(run: Run) -> list:
     "How the table is to be read."
     errors = "Below each value: its bootstrap error over the test galaxies"
@@ -501,7 +502,7 @@ def _reading(run: Run) -> list:
                               for metric, label in TABLE_METRICS.items()],
                   "What the metrics are")]
 
-# %% ../nbs/52_report.ipynb #f0117e1b
+# %% ../nbs/52_report.ipynb #57cc3a0f
 def page_blocks(run: Run) -> list:
     "The whole page, from top to bottom."
     blocks = _introduction(run)
@@ -522,7 +523,7 @@ def page_blocks(run: Run) -> list:
         "list", [f"{key}: {value}" for key, value in run.environment.items()])]
     return blocks
 
-# %% ../nbs/52_report.ipynb #169f4c10
+# %% ../nbs/52_report.ipynb #003a29b2
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2.5rem auto;
        padding: 0 1.2rem; }
@@ -544,7 +545,7 @@ figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption, details { colo
   font-size: .88rem; }
 """
 
-# %% ../nbs/52_report.ipynb #65849e7e
+# %% ../nbs/52_report.ipynb #baf7ed14
 _HTML = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{{ title }}</title><style>""" + _STYLE + """</style></head><body>
@@ -572,7 +573,7 @@ _HTML = """<!doctype html>
 """
 _TEMPLATE = Template(_HTML, autoescape=True)
 
-# %% ../nbs/52_report.ipynb #ee53d9a4
+# %% ../nbs/52_report.ipynb #6245a48c
 def _markdown_row(cells: list) -> str:
     "A row of a table; a vertical bar would end a cell."
     texts = [f"{f'**{cell.text}**' if cell.best else cell.text} {cell.note}" for cell in cells]
@@ -593,7 +594,7 @@ def as_markdown(block: Block) -> str:
         return "\n".join(([f"{caption}:\n"] if caption else []) + [f"- {item}" for item in content])
     return content
 
-# %% ../nbs/52_report.ipynb #63a3b7fb
+# %% ../nbs/52_report.ipynb #641619e1
 def report(folder          # of an experiment, finished or not
           ) -> Path:       # the HTML page; report.md and figures/ are written beside it
     "Write `report.html` and `report.md` into the folder of an experiment."

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from astropy.table import Table
 
@@ -24,7 +25,7 @@ from astromae.metrics import METRICS
 from astromae.probes import PROBES
 from astromae.redshift import ARCHITECTURES
 from astromae.runs import (NETWORKS, PLANS, Plan, plan_named, run_encoder, run_experiment,
-                           run_label_efficiency, run_mask_ratio)
+                           run_label_efficiency, run_mask_ratio, run_pretraining_epochs)
 from astromae.training import FINETUNE_PRESETS, PRETRAIN_PRESETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -147,6 +148,17 @@ def test_every_mask_ratio_has_its_own_encoder(stamps, tmp_path):
     assert read(home/"mask-0.9"/"pretraining-plain"/"run.json")["model"]["mask_ratio"] == 0.9
     assert curve[2]["sigma_mad"] == read(home/"mask-0.25"/"metrics.json")[2]["sigma_mad"]
     assert len({point["sigma_mad"] for point in curve}) == len(curve)
+
+
+def test_every_length_of_pretraining_warms_up_for_a_tenth(stamps, tmp_path):
+    plan = replace(TINY, networks=("plain-ViT",))
+    home = run_pretraining_epochs(stamps, tmp_path/"run", plan, lengths=(1, 2), **QUIET)/"seed-42"
+    assert [point["x"] for point in read(home/"curve.json") if point["name"] == "plain-ViT"] == [1, 2]
+    for epochs in (1, 2):
+        trained = home/f"pretraining-{epochs}"/"pretraining-plain"
+        settings = read(trained/"run.json")["settings"]
+        assert (settings["epochs"], settings["warmup_epochs"]) == (epochs, epochs/10)
+        assert len(pd.read_csv(trained/"history.csv")) == epochs
 
 
 def test_ways_of_pretraining_differ_in_one_thing_and_share_what_is_alike(stamps, tmp_path):
