@@ -329,7 +329,7 @@ def test_a_run_that_is_trained_but_not_predicted_says_so(tmp_path):
 # Studies
 
 @pytest.mark.parametrize("study,values", [("mask-ratio", [0.25, 0.75, 0.9]),
-                                          ("pretraining-epochs", [10, 20, 40]),
+                                          ("pretraining-epochs", [10, 30, 90]),
                                           ("encoder", ["as planned", "normalisation none", "longer"]),
                                           ("label-efficiency", [0.01, 0.1, 1.])])
 def test_a_study_is_a_curve(tmp_path, study, values):
