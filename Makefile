@@ -3,14 +3,16 @@
 # make docs         the documentation site in _docs/, and README.md
 # make bench        the measured figures of the documentation, but the accuracy
 # make accuracy     three seeds of the networks on 7,000 galaxies (hours on two cores)
-# make experiments  all networks with three seeds, and three studies, for nbs/results/ (a night on two cores)
+# make experiments  all networks with three seeds, and four studies, for nbs/results/ (a night on two cores)
+# make full-size    all networks at full size, one seed, for nbs/results/ (a quarter of an hour of a GPU)
+# make rates        how many images a second all trainings take on a GPU (minutes)
 # make lab          JupyterLab on the notebooks
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ENV := .venv
 BIN := $(ENV)/bin
 
-.PHONY: demo test docs readme bench accuracy experiments lab env clean
+.PHONY: demo test docs readme bench accuracy experiments full-size rates lab env clean
 .DEFAULT_GOAL := demo
 
 env: $(ENV)/installed
@@ -51,21 +53,38 @@ bench: env
 accuracy: env
 	@$(BIN)/astromae bench bench --accuracy 3
 
+rates: env
+	@$(BIN)/astromae bench bench --rates
+
 # every part is resumable: a second call goes on where the first one stopped
 EXPERIMENT := $(BIN)/astromae experiment
-SMALL := --data bench/stamps --preset two-cores --in-memory
+STAMPS := --data bench/stamps --in-memory
+SMALL := $(STAMPS) --preset two-cores
 
-experiments: env
-	@test -d bench/stamps || $(BIN)/astromae simulate bench/stamps
-	@$(EXPERIMENT) demo $(SMALL) --out bench/fourteen-networks --seed 42 --seed 43 --seed 44
-	@$(EXPERIMENT) mask-ratio $(SMALL) --out bench/mask-ratio --parts demo
-	@$(EXPERIMENT) encoder $(SMALL) --out bench/encoder --parts demo
-	@$(EXPERIMENT) label-efficiency $(SMALL) --out bench/label-efficiency --parts demo
-	@for run in fourteen-networks mask-ratio encoder label-efficiency; do \
+# the report, its figures, metrics, predictions and losses go into the documentation; weights do not
+define publish
+	@for run in $(1); do \
 	  $(BIN)/astromae report bench/$$run && rm -rf nbs/results/$$run && mkdir -p nbs/results/$$run && \
-	  (cd bench/$$run && find . -maxdepth 2 -type f ! -name report.html ! -name split.fits) | \
+	  (cd bench/$$run && find . -type f \( -name history.csv -o ! -path './*/*/*' \) \
+	    ! -name report.html ! -name split.fits) | \
 	  tar -cf - -C bench/$$run -T - | tar -xf - -C nbs/results/$$run || exit; \
 	done
+endef
+
+bench/stamps: | env
+	@$(BIN)/astromae simulate $@
+
+experiments: bench/stamps
+	@$(EXPERIMENT) demo $(SMALL) --out bench/fourteen-networks --seed 42 --seed 43 --seed 44
+	@$(EXPERIMENT) mask-ratio $(SMALL) --out bench/mask-ratio --parts demo
+	@$(EXPERIMENT) pretraining-epochs $(SMALL) --out bench/pretraining-epochs --parts demo
+	@$(EXPERIMENT) encoder $(SMALL) --out bench/encoder --parts demo
+	@$(EXPERIMENT) label-efficiency $(SMALL) --out bench/label-efficiency --parts demo
+	$(call publish,fourteen-networks mask-ratio pretraining-epochs encoder label-efficiency)
+
+full-size: bench/stamps
+	@$(EXPERIMENT) demo $(STAMPS) --preset gpu-hour --out bench/full-size
+	$(call publish,full-size)
 
 lab: env
 	@$(BIN)/jupyter lab nbs

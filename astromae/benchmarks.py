@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['IMPORT', 'RATES', 'seconds', 'time_ratio', 'rendering_speed', 'learner_overhead', 'ReferenceAutoencoder',
-           'pretraining_ratio', 'image_rate', 'training_rates', 'reconstruction_errors', 'write_field',
-           'cutting_seconds', 'write_cube', 'copy_file', 'import_speed', 'scatter_seconds', 'accuracy', 'paired_rows',
-           'accuracy_rows', 'machine', 'record', 'measure_speed', 'record_rates', 'run_benchmarks']
+           'pretraining_ratio', 'image_rate', 'training_rates', 'training_hours', 'reconstruction_errors',
+           'write_field', 'cutting_seconds', 'write_cube', 'copy_file', 'import_speed', 'scatter_seconds', 'accuracy',
+           'paired_rows', 'accuracy_rows', 'machine', 'record', 'measure_speed', 'record_rates', 'run_benchmarks']
 
-# %% ../nbs/60_benchmarks.ipynb #b689a8ce
+# %% ../nbs/60_benchmarks.ipynb #2260e92a
 import json
 import os
 import platform
@@ -37,19 +37,19 @@ from .batches import BatchLoader, Normalisation, centre_crop
 from .comparison import ACCURACY, compare, paired_ratio, render_stamps, save_figure
 from .cutouts import cut_stamp_set
 from .dataset import StampSet
-from .errors import select_device, write_json
-from .experiments import split_rows
+from .errors import InputError, select_device, write_json
+from .experiments import experiment_named, split_rows
 from .frames import gaussian_wcs
 from .mae import MAEConfig, MaskedAutoencoder, patchify
 from .plots import density_scatter
 from .redshift import architecture
-from .runs import Plan, plan_named, pretrain_encoders
+from .runs import Plan, plan_named, pretrain_encoders, pretrained_kinds
 from .simulate import packaged_catalogue, simulate
 from .survey import BANDS, SKY_NOISE, frame_name
 from .training import (PretrainSettings, autoencoder_loss, finetune, load_trained,
                                make_learner, match_encoder)
 
-# %% ../nbs/60_benchmarks.ipynb #ce35dda5
+# %% ../nbs/60_benchmarks.ipynb #a57f3268
 def seconds(function: Callable) -> float:
     "Wall time of one call."
     start = time.perf_counter()
@@ -61,14 +61,14 @@ def time_ratio(a: Callable, b: Callable, runs: int = 5) -> float: # median of ti
     a(), b()
     return float(np.median([seconds(a)/seconds(b) for _ in range(runs)]))
 
-# %% ../nbs/60_benchmarks.ipynb #a11d0cb5
+# %% ../nbs/60_benchmarks.ipynb #87c5d2e2
 def rendering_speed(galaxies: int = 2000) -> float: # stamps per second
     "Stamps of five bands and 64 x 64 pixels that are rendered in a second, with their photometry."
     catalogue = packaged_catalogue()[:galaxies]
     next(iter(simulate(catalogue[:64])))
     return galaxies/seconds(lambda: [None for _ in simulate(catalogue)])
 
-# %% ../nbs/60_benchmarks.ipynb #8cbf235e
+# %% ../nbs/60_benchmarks.ipynb #8307cba6
 def learner_overhead(stamps: StampSet, batch_size: int = 256, runs: int = 5) -> float:
     "Time of an epoch through the `Learner` over that of the same steps in a bare loop."
     rows = np.arange(len(stamps))
@@ -93,7 +93,7 @@ def learner_overhead(stamps: StampSet, batch_size: int = 256, runs: int = 5) -> 
 
     return time_ratio(lambda: learner.fit(1), bare, runs)
 
-# %% ../nbs/60_benchmarks.ipynb #2a46d1fa
+# %% ../nbs/60_benchmarks.ipynb #101d8c83
 class ReferenceAutoencoder(nn.Module):
     "The masked autoencoder in its plainest form, to measure against."
     def __init__(self, size=32, patch=8, bands=5, width=192, depth=12, decoder_depth=4, heads=3):
@@ -127,7 +127,7 @@ class ReferenceAutoencoder(nn.Module):
         mask = (restore >= length//4).float()
         return (error*mask).sum()/mask.sum()
 
-# %% ../nbs/60_benchmarks.ipynb #710a4a8e
+# %% ../nbs/60_benchmarks.ipynb #649f3823
 def pretraining_ratio(stamps: StampSet, batch_size: int = 256, steps: int = 4,
                       runs: int = 5) -> float:
     "Images per second of our training, loader included, over those of the reference loop."
@@ -153,7 +153,7 @@ def pretraining_ratio(stamps: StampSet, batch_size: int = 256, steps: int = 4,
 
     return 1/time_ratio(lambda: learner.fit(1), reference_epoch, runs)
 
-# %% ../nbs/60_benchmarks.ipynb #5447b10e
+# %% ../nbs/60_benchmarks.ipynb #aa4ea2d3
 def image_rate(history: pd.DataFrame, images: int) -> float: # images per second
     "Images that an epoch takes in a second, the median of all epochs but the first."
     return images/float(history["seconds"][1:].median())
@@ -185,7 +185,20 @@ def training_rates(stamps: StampSet,
             rates[name] = image_rate(trained.history, images)
     return rates
 
-# %% ../nbs/60_benchmarks.ipynb #3478e09a
+# %% ../nbs/60_benchmarks.ipynb #9047d367
+def training_hours(rates: dict,  # from `training_rates`
+                   plan: Plan,
+                   galaxies: int # in the whole set
+                  ) -> pd.Series: # name of the training -> hours
+    "How long the trainings of a plan take, one after the other, by their rates."
+    experiment = experiment_named(plan.experiment)
+    shown = plan.pretraining.epochs*sum(experiment.fractions[part] for part in experiment.pretrain)
+    images = {f"pretraining {kind}": galaxies*shown for kind in pretrained_kinds(plan.networks)}
+    images |= dict.fromkeys(plan.networks,
+                            galaxies*plan.finetuning.epochs*experiment.fractions["train"])
+    return pd.Series({name: n/rates[name]/3600 for name, n in images.items()}, name="hours")
+
+# %% ../nbs/60_benchmarks.ipynb #9f877b6d
 @torch.no_grad()
 def reconstruction_errors(autoencoder, stamps: StampSet, train_rows: np.ndarray,
                           test_rows: np.ndarray, seed: int = 42) -> dict: # name -> error
@@ -209,7 +222,7 @@ def reconstruction_errors(autoencoder, stamps: StampSet, train_rows: np.ndarray,
     errors = {name: error(guess) for name, guess in guesses.items()}
     return {"autoencoder": float(loss), **errors}
 
-# %% ../nbs/60_benchmarks.ipynb #5623c6d8
+# %% ../nbs/60_benchmarks.ipynb #b92d3c4a
 def write_field(folder: Path, sources: int = 1500, shape: tuple = (1489, 2048)) -> Table:
     "Write five frames of sky and point sources; return the sources' positions."
     rng, stars = np.random.default_rng(0), gaussian_wcs(30, (0, 0), shape)
@@ -232,7 +245,7 @@ def cutting_seconds(galaxies: int = 500) -> float: # seconds
         positions = write_field(folder/"frames")[:galaxies]
         return seconds(lambda: cut_stamp_set(folder/"frames", folder/"set", positions))
 
-# %% ../nbs/60_benchmarks.ipynb #73f41ea8
+# %% ../nbs/60_benchmarks.ipynb #1f6005d2
 def write_cube(path: Path, gigabytes: float): # an npz; size of its pixels
     "Write an npz like the published one, of noise around a profile, without holding it in memory."
     rng, (y, x) = np.random.default_rng(0), np.mgrid[:64, :64] - 32
@@ -255,7 +268,7 @@ def copy_file(source: Path, target: Path):
     with open(source, "rb") as old, open(target, "wb") as new:
         while n := old.readinto(buffer): new.write(buffer[:n])
 
-# %% ../nbs/60_benchmarks.ipynb #3206d4ca
+# %% ../nbs/60_benchmarks.ipynb #19f305cd
 _IMPORT = """
 import re, sys, time
 from astromae.formats import import_stamps
@@ -287,7 +300,7 @@ def import_speed(folder: Path,           # on the disk in question
             peaks.append(peak)
     return float(np.median(ratios)), max(peaks)
 
-# %% ../nbs/60_benchmarks.ipynb #b9a0c788
+# %% ../nbs/60_benchmarks.ipynb #262f2e1d
 def scatter_seconds(galaxies: int = 659_857) -> float: # seconds
     "Time to draw and write a density scatter plot."
     rng = np.random.default_rng(42)
@@ -299,7 +312,7 @@ def scatter_seconds(galaxies: int = 659_857) -> float: # seconds
         plt.close(figure)
     return seconds(draw)
 
-# %% ../nbs/60_benchmarks.ipynb #b6a28f78
+# %% ../nbs/60_benchmarks.ipynb #5ec40735
 def accuracy(folder: Path, seeds) -> list: # one dictionary per seed
     "Train with every seed, going on where a former call stopped; scores of networks and baselines."
     stamps = render_stamps(folder/"stamps", ACCURACY.galaxies, 42, progress=True)
@@ -322,7 +335,7 @@ def accuracy_rows(runs: list) -> list: # of dictionaries: name, sigma_mad per se
              "mean": float(np.mean([score["sigma_mad"] for score in column]))}
             for column in columns]
 
-# %% ../nbs/60_benchmarks.ipynb #c536f74a
+# %% ../nbs/60_benchmarks.ipynb #cdfcd9d9
 def machine() -> dict:
     "Where the figures were measured."
     return {"architecture": platform.machine(), "threads": torch.get_num_threads(),
@@ -333,7 +346,7 @@ def record(entries: dict, file: Path):
     known = json.loads(file.read_text()) if file.exists() else {}
     write_json(file, {**known, **entries})
 
-# %% ../nbs/60_benchmarks.ipynb #6a194d2b
+# %% ../nbs/60_benchmarks.ipynb #546b31e6
 IMPORT = "import of an 8 GB cube: speed over copying, peak GB"
 
 def measure_speed(folder: Path) -> dict: # name -> figure
@@ -356,8 +369,11 @@ RATES = {"paper": 16_384, "gpu-hour": 8_192} # preset -> images of an epoch
 
 def record_rates(folder, device: str|None = None, presets: dict = RATES,
                  file: Path = Path("nbs/benchmarks.json")):
-    "Measure the training rates of experiment 1 at the sizes of some presets."
-    stamps, device = render_stamps(Path(folder)/"stamps", 10_000, 42, True), select_device(device)
+    "Measure the training rates of experiment 1 at the sizes of some presets; needs a GPU."
+    device = select_device(device)
+    if device.type == "cpu": raise InputError(
+        "the rates are those of a GPU, and there is none here; measure them where there is one.")
+    stamps = render_stamps(Path(folder)/"stamps", 10_000, 42, progress=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     rates = {preset: training_rates(stamps, plan_named("1", preset), images, str(device), epochs=3)
              for preset, images in presets.items()}
