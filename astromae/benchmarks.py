@@ -8,7 +8,7 @@ __all__ = ['IMPORT', 'RATES', 'seconds', 'time_ratio', 'rendering_speed', 'learn
            'write_field', 'cutting_seconds', 'write_cube', 'copy_file', 'import_speed', 'scatter_seconds', 'accuracy',
            'paired_rows', 'accuracy_rows', 'machine', 'record', 'measure_speed', 'record_rates', 'run_benchmarks']
 
-# %% ../nbs/60_benchmarks.ipynb #2260e92a
+# %% ../nbs/60_benchmarks.ipynb #e7ce37f1
 import json
 import os
 import platform
@@ -49,7 +49,7 @@ from .survey import BANDS, SKY_NOISE, frame_name
 from .training import (PretrainSettings, autoencoder_loss, finetune, load_trained,
                                make_learner, match_encoder)
 
-# %% ../nbs/60_benchmarks.ipynb #a57f3268
+# %% ../nbs/60_benchmarks.ipynb #199a0a92
 def seconds(function: Callable) -> float:
     "Wall time of one call."
     start = time.perf_counter()
@@ -61,14 +61,14 @@ def time_ratio(a: Callable, b: Callable, runs: int = 5) -> float: # median of ti
     a(), b()
     return float(np.median([seconds(a)/seconds(b) for _ in range(runs)]))
 
-# %% ../nbs/60_benchmarks.ipynb #87c5d2e2
+# %% ../nbs/60_benchmarks.ipynb #936bc213
 def rendering_speed(galaxies: int = 2000) -> float: # stamps per second
     "Stamps of five bands and 64 x 64 pixels that are rendered in a second, with their photometry."
     catalogue = packaged_catalogue()[:galaxies]
     next(iter(simulate(catalogue[:64])))
     return galaxies/seconds(lambda: [None for _ in simulate(catalogue)])
 
-# %% ../nbs/60_benchmarks.ipynb #8307cba6
+# %% ../nbs/60_benchmarks.ipynb #f6a73dcf
 def learner_overhead(stamps: StampSet, batch_size: int = 256, runs: int = 5) -> float:
     "Time of an epoch through the `Learner` over that of the same steps in a bare loop."
     rows = np.arange(len(stamps))
@@ -93,7 +93,7 @@ def learner_overhead(stamps: StampSet, batch_size: int = 256, runs: int = 5) -> 
 
     return time_ratio(lambda: learner.fit(1), bare, runs)
 
-# %% ../nbs/60_benchmarks.ipynb #101d8c83
+# %% ../nbs/60_benchmarks.ipynb #9e37abd6
 class ReferenceAutoencoder(nn.Module):
     "The masked autoencoder in its plainest form, to measure against."
     def __init__(self, size=32, patch=8, bands=5, width=192, depth=12, decoder_depth=4, heads=3):
@@ -127,7 +127,7 @@ class ReferenceAutoencoder(nn.Module):
         mask = (restore >= length//4).float()
         return (error*mask).sum()/mask.sum()
 
-# %% ../nbs/60_benchmarks.ipynb #649f3823
+# %% ../nbs/60_benchmarks.ipynb #2566962b
 def pretraining_ratio(stamps: StampSet, batch_size: int = 256, steps: int = 4,
                       runs: int = 5) -> float:
     "Images per second of our training, loader included, over those of the reference loop."
@@ -153,14 +153,14 @@ def pretraining_ratio(stamps: StampSet, batch_size: int = 256, steps: int = 4,
 
     return 1/time_ratio(lambda: learner.fit(1), reference_epoch, runs)
 
-# %% ../nbs/60_benchmarks.ipynb #aa4ea2d3
+# %% ../nbs/60_benchmarks.ipynb #1eefcb2a
 def image_rate(history: pd.DataFrame, images: int) -> float: # images per second
     "Images that an epoch takes in a second, the median of all epochs but the first."
     return images/float(history["seconds"][1:].median())
 
 def training_rates(stamps: StampSet,
                    plan: Plan,             # its networks and settings, but for the epochs
-                   images: int = 65_536,   # of an epoch; stamps are taken again where there are fewer
+                   images: int = 65_536,   # of an epoch; fewer stamps are taken again
                    device: str|None = None, # None: a GPU if there is one
                    epochs: int = 4,
                    cbs=()                  # more fastai callbacks of the networks' trainings
@@ -172,8 +172,8 @@ def training_rates(stamps: StampSet,
     rows["watch"] = rows["pretrain"][:first.batch_size]
     where = dict(device=device, in_memory=True, progress=False)
     with tempfile.TemporaryDirectory() as folder:
-        encoders = pretrain_encoders(Path(folder), stamps, rows, replace(plan, pretraining=first), 42,
-                                     where)
+        encoders = pretrain_encoders(Path(folder), stamps, rows,
+                                     replace(plan, pretraining=first), 42, where)
         rates = {f"pretraining {kind}": image_rate(encoder.history, images)
                  for kind, encoder in encoders.items()}
         for name in plan.networks:
@@ -185,7 +185,7 @@ def training_rates(stamps: StampSet,
             rates[name] = image_rate(trained.history, images)
     return rates
 
-# %% ../nbs/60_benchmarks.ipynb #9047d367
+# %% ../nbs/60_benchmarks.ipynb #19dabe05
 def training_hours(rates: dict,  # from `training_rates`
                    plan: Plan,
                    galaxies: int # in the whole set
@@ -198,7 +198,7 @@ def training_hours(rates: dict,  # from `training_rates`
                             galaxies*plan.finetuning.epochs*experiment.fractions["train"])
     return pd.Series({name: n/rates[name]/3600 for name, n in images.items()}, name="hours")
 
-# %% ../nbs/60_benchmarks.ipynb #9f877b6d
+# %% ../nbs/60_benchmarks.ipynb #0684ea5c
 @torch.no_grad()
 def reconstruction_errors(autoencoder, stamps: StampSet, train_rows: np.ndarray,
                           test_rows: np.ndarray, seed: int = 42) -> dict: # name -> error
@@ -222,7 +222,7 @@ def reconstruction_errors(autoencoder, stamps: StampSet, train_rows: np.ndarray,
     errors = {name: error(guess) for name, guess in guesses.items()}
     return {"autoencoder": float(loss), **errors}
 
-# %% ../nbs/60_benchmarks.ipynb #b92d3c4a
+# %% ../nbs/60_benchmarks.ipynb #d29a0ccb
 def write_field(folder: Path, sources: int = 1500, shape: tuple = (1489, 2048)) -> Table:
     "Write five frames of sky and point sources; return the sources' positions."
     rng, stars = np.random.default_rng(0), gaussian_wcs(30, (0, 0), shape)
@@ -245,7 +245,7 @@ def cutting_seconds(galaxies: int = 500) -> float: # seconds
         positions = write_field(folder/"frames")[:galaxies]
         return seconds(lambda: cut_stamp_set(folder/"frames", folder/"set", positions))
 
-# %% ../nbs/60_benchmarks.ipynb #1f6005d2
+# %% ../nbs/60_benchmarks.ipynb #0d4f832d
 def write_cube(path: Path, gigabytes: float): # an npz; size of its pixels
     "Write an npz like the published one, of noise around a profile, without holding it in memory."
     rng, (y, x) = np.random.default_rng(0), np.mgrid[:64, :64] - 32
@@ -268,7 +268,7 @@ def copy_file(source: Path, target: Path):
     with open(source, "rb") as old, open(target, "wb") as new:
         while n := old.readinto(buffer): new.write(buffer[:n])
 
-# %% ../nbs/60_benchmarks.ipynb #19f305cd
+# %% ../nbs/60_benchmarks.ipynb #aac142d0
 _IMPORT = """
 import re, sys, time
 from astromae.formats import import_stamps
@@ -300,7 +300,7 @@ def import_speed(folder: Path,           # on the disk in question
             peaks.append(peak)
     return float(np.median(ratios)), max(peaks)
 
-# %% ../nbs/60_benchmarks.ipynb #262f2e1d
+# %% ../nbs/60_benchmarks.ipynb #3dadba4a
 def scatter_seconds(galaxies: int = 659_857) -> float: # seconds
     "Time to draw and write a density scatter plot."
     rng = np.random.default_rng(42)
@@ -312,7 +312,7 @@ def scatter_seconds(galaxies: int = 659_857) -> float: # seconds
         plt.close(figure)
     return seconds(draw)
 
-# %% ../nbs/60_benchmarks.ipynb #5ec40735
+# %% ../nbs/60_benchmarks.ipynb #fb6e0779
 def accuracy(folder: Path, seeds) -> list: # one dictionary per seed
     "Train with every seed, going on where a former call stopped; scores of networks and baselines."
     stamps = render_stamps(folder/"stamps", ACCURACY.galaxies, 42, progress=True)
@@ -335,7 +335,7 @@ def accuracy_rows(runs: list) -> list: # of dictionaries: name, sigma_mad per se
              "mean": float(np.mean([score["sigma_mad"] for score in column]))}
             for column in columns]
 
-# %% ../nbs/60_benchmarks.ipynb #cdfcd9d9
+# %% ../nbs/60_benchmarks.ipynb #080f84cb
 def machine() -> dict:
     "Where the figures were measured."
     return {"architecture": platform.machine(), "threads": torch.get_num_threads(),
@@ -346,7 +346,7 @@ def record(entries: dict, file: Path):
     known = json.loads(file.read_text()) if file.exists() else {}
     write_json(file, {**known, **entries})
 
-# %% ../nbs/60_benchmarks.ipynb #546b31e6
+# %% ../nbs/60_benchmarks.ipynb #7630c68d
 IMPORT = "import of an 8 GB cube: speed over copying, peak GB"
 
 def measure_speed(folder: Path) -> dict: # name -> figure
@@ -377,9 +377,11 @@ def record_rates(folder, device: str|None = None, presets: dict = RATES,
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     rates = {preset: training_rates(stamps, plan_named("1", preset), images, str(device), epochs=3)
              for preset, images in presets.items()}
-    record({"rates": {"device": name, "torch": torch.__version__, "images per second": rates}}, file)
+    record({"rates": {"device": name, "torch": torch.__version__,
+                      "images per second": rates}}, file)
     print(f"the rates are in {file}")
 
+# %% ../nbs/60_benchmarks.ipynb #ddce0096
 def run_benchmarks(folder, seeds: int = 0, file: Path = Path("nbs/benchmarks.json")):
     "Measure speed, or accuracy if there are seeds, and write what the documentation quotes."
     folder = Path(folder)

@@ -7,7 +7,7 @@ __all__ = ['STYLE', 'figure_style', 'point_density', 'density_scatter', 'scatter
            'colour_image', 'mask_to_pixels', 'plot_reconstructions', 'plot_rates', 'plot_losses', 'plot_ratios',
            'value_label', 'plot_scan']
 
-# %% ../nbs/31_plots.ipynb #3f691a6e
+# %% ../nbs/31_plots.ipynb #04980375
 import math
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from .errors import InputError
 from .metrics import check_redshifts, normalised_residual, outlier_fraction_005, sigma_mad
 from .survey import BANDS
 
-# %% ../nbs/31_plots.ipynb #b1f8b85a
+# %% ../nbs/31_plots.ipynb #98841487
 STYLE = {"figure.dpi": 80, "figure.constrained_layout.use": True, "font.size": 9,
          "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
          "legend.frameon": False, "image.origin": "lower", "image.interpolation": "nearest"}
@@ -36,7 +36,7 @@ def figure_style():
     plt.draw_if_interactive()  # pyplot loads its backend now, so that leaving does not undo it
     with plt.rc_context(STYLE): yield
 
-# %% ../nbs/31_plots.ipynb #4b744555
+# %% ../nbs/31_plots.ipynb #04281353
 def point_density(x: np.ndarray,      # (N,)
                   y: np.ndarray,      # (N,), in the unit of `x`
                   width: float,       # standard deviation of the smoothing, in the unit of `x`
@@ -50,7 +50,7 @@ def point_density(x: np.ndarray,      # (N,)
     places = [(values - limits[0])/cell - 0.5 for values in (x, y)]
     return map_coordinates(smooth, places, order=1, mode="nearest")/cell**2
 
-# %% ../nbs/31_plots.ipynb #8c105a1b
+# %% ../nbs/31_plots.ipynb #6ef6a433
 def _panel_text(z_spec, z_phot, limits) -> str:
     "The lines in the corner of a scatter plot: number, scatter, outliers, and what lies outside."
     lines = [f"n = {len(z_spec):,}", rf"$\sigma_\mathrm{{MAD}}$ = {sigma_mad(z_phot, z_spec):.4f}",
@@ -59,7 +59,7 @@ def _panel_text(z_spec, z_phot, limits) -> str:
     outside = np.count_nonzero(~inside.all(axis=0))
     return "\n".join(lines + [f"outside: {outside:,}"] if outside else lines)
 
-# %% ../nbs/31_plots.ipynb #1c9503ca
+# %% ../nbs/31_plots.ipynb #cdadb764
 @figure_style()
 def density_scatter(z_spec: np.ndarray,           # spectroscopic redshifts, (N,)
                     z_phot: np.ndarray,           # predicted redshifts, (N,)
@@ -89,7 +89,7 @@ def density_scatter(z_spec: np.ndarray,           # spectroscopic redshifts, (N,
     if colorbar: ax.figure.colorbar(drawn, ax=ax, label=r"galaxies per 0.01 $\times$ 0.01")
     return ax
 
-# %% ../nbs/31_plots.ipynb #12533d29
+# %% ../nbs/31_plots.ipynb #e4ae4d2e
 @figure_style()
 def scatter_grid(z_spec: np.ndarray,      # spectroscopic redshifts, (N,)
                  predictions: dict,       # name -> predicted redshifts, (N,)
@@ -105,7 +105,7 @@ def scatter_grid(z_spec: np.ndarray,      # spectroscopic redshifts, (N,)
         if k + columns < len(predictions): ax.set_xlabel("")
     return figure
 
-# %% ../nbs/31_plots.ipynb #bb179bad
+# %% ../nbs/31_plots.ipynb #32b835b1
 def running_percentiles(x: np.ndarray,         # (N,)
                         y: np.ndarray,         # (N,)
                         bins: int = 20,        # groups of (nearly) equal number
@@ -116,7 +116,7 @@ def running_percentiles(x: np.ndarray,         # (N,)
     centres = np.array([np.median(x[rows]) for rows in groups])
     return centres, np.stack([np.percentile(y[rows], percents) for rows in groups], axis=1)
 
-# %% ../nbs/31_plots.ipynb #1c6918ec
+# %% ../nbs/31_plots.ipynb #866df34c
 @figure_style()
 def plot_residuals(z_spec: np.ndarray,                 # spectroscopic redshifts, (N,)
                    z_phot: np.ndarray,                 # predicted redshifts, (N,)
@@ -142,7 +142,7 @@ def plot_residuals(z_spec: np.ndarray,                 # spectroscopic redshifts
     ax.legend(loc="upper left", ncols=2)
     return ax
 
-# %% ../nbs/31_plots.ipynb #f08c42b4
+# %% ../nbs/31_plots.ipynb #cfc24ee4
 def colour_image(images: np.ndarray,    # (..., bands, H, W) nanomaggies per pixel
                  stretch: float = 0.3,  # brightness at which the compression sets in
                  softening: float = 5., # strength of the compression
@@ -161,7 +161,7 @@ def colour_image(images: np.ndarray,    # (..., bands, H, W) nanomaggies per pix
         picture = make_lupton_rgb(*channels, stretch=stretch, Q=softening)
     return picture.reshape(*outer, height, width, 3)
 
-# %% ../nbs/31_plots.ipynb #6efdd8ea
+# %% ../nbs/31_plots.ipynb #4fe1cfab
 def mask_to_pixels(mask: np.ndarray,  # (N, L), 1 where a patch was masked
                    size: int          # height and width of the image, pixels
                   ) -> np.ndarray:    # (N, size, size), True where masked
@@ -173,7 +173,7 @@ def mask_to_pixels(mask: np.ndarray,  # (N, L), 1 where a patch was masked
                          "give the mask of these images.")
     return np.kron(mask.reshape(-1, grid, grid), np.ones((1, size//grid, size//grid), dtype=bool))
 
-# %% ../nbs/31_plots.ipynb #9f33ee89
+# %% ../nbs/31_plots.ipynb #aac22b8a
 @figure_style()
 def plot_reconstructions(images: np.ndarray,          # true, (N, bands, H, H) nanomaggies per pixel
                          masks: np.ndarray,           # (N, L), 1 where a patch was masked
@@ -200,7 +200,7 @@ def plot_reconstructions(images: np.ndarray,          # true, (N, bands, H, H) n
     for ax, title in zip(axes[0], titles): ax.set_title(title)
     return figure
 
-# %% ../nbs/31_plots.ipynb #3ab7b086
+# %% ../nbs/31_plots.ipynb #fbebdc95
 @figure_style()
 def plot_rates(epoch: np.ndarray,    # epochs done before each step, (S,)
                rate: np.ndarray,     # learning rate of each step, (S,)
@@ -214,7 +214,7 @@ def plot_rates(epoch: np.ndarray,    # epochs done before each step, (S,)
     ax.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     return ax
 
-# %% ../nbs/31_plots.ipynb #c14eb29c
+# %% ../nbs/31_plots.ipynb #6e6e89c1
 @figure_style()
 def plot_losses(log,                    # columns `epoch` and `train_loss`, `valid_loss`, ...
                 title: str = "",        # above the panel
@@ -232,7 +232,7 @@ def plot_losses(log,                    # columns `epoch` and `train_loss`, `val
     ax.legend()
     return ax
 
-# %% ../nbs/31_plots.ipynb #01dab5be
+# %% ../nbs/31_plots.ipynb #8a57449f
 @figure_style()
 def plot_ratios(groups: dict # title -> rows (label, ratio, low, high, published ratio or None)
                ) -> Figure:
@@ -257,7 +257,7 @@ def plot_ratios(groups: dict # title -> rows (label, ratio, low, high, published
         if text.get_text() in groups: text.set_fontweight("bold")
     return figure
 
-# %% ../nbs/31_plots.ipynb #12cac8d7
+# %% ../nbs/31_plots.ipynb #dec29fad
 def value_label(value) -> str:
     "A value of a scan, a number or a name, as it is written."
     return value if isinstance(value, str) else f"{value:g}"
