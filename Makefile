@@ -1,10 +1,10 @@
 # make demo         install, then the whole path on the packaged galaxies; results in demo/
 # make test         install, then every check
 # make docs         the documentation site in _docs/, and README.md
-# make bench        the measured figures of the documentation, but the accuracy
+# make bench        the measured figures of the documentation, but accuracy and rates
 # make accuracy     three seeds of the networks on 7,000 galaxies (hours on two cores)
 # make experiments  all networks with three seeds, and four studies, for nbs/results/ (a night on two cores)
-# make full-size    all networks at full size, one seed, for nbs/results/ (a quarter of an hour of a GPU)
+# make full-size    all networks at full size, one seed, for nbs/results/ (less than an hour of a GPU)
 # make rates        how many images a second all trainings take on a GPU (minutes)
 # make lab          JupyterLab on the notebooks
 
