@@ -9,7 +9,7 @@ __all__ = ['PLANS', 'NETWORKS', 'LEAST_TRAINING', 'MASK_RATIOS', 'PRETRAINING_EP
            'run_pretrainings', 'run_mask_ratio', 'run_pretraining_epochs', 'encoder_variants', 'run_encoder',
            'some_labels', 'run_label_efficiency']
 
-# %% ../nbs/51_runs.ipynb #d7c184c5
+# %% ../nbs/51_runs.ipynb #09b7c692
 import json
 import platform
 import subprocess
@@ -38,7 +38,7 @@ from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
                                PretrainSettings, check_labels, claim_run, match_encoder,
                                pretrain, process_device, rank_and_world)
 
-# %% ../nbs/51_runs.ipynb #cec595f8
+# %% ../nbs/51_runs.ipynb #e27a49f6
 @dataclass(frozen=True)
 class Plan:
     "What is pretrained, fine-tuned and compared; the defaults are the paper's experiment 1."
@@ -63,7 +63,7 @@ class Plan:
             f"the seeds are {', '.join(map(str, self.seeds))}; choose numbers from 0 to "
             f"{2**32 - 1}.")
 
-# %% ../nbs/51_runs.ipynb #bb657e6a
+# %% ../nbs/51_runs.ipynb #292eb368
 PLANS = {
     "paper": Plan(),
     "gpu-hour": Plan(
@@ -77,7 +77,7 @@ PLANS = {
         finetuning=replace(FINETUNE_PRESETS["demo"], epochs=25, cycle=25, rate=1e-3,
                            batch_size=32))}
 
-# %% ../nbs/51_runs.ipynb #a30c59ee
+# %% ../nbs/51_runs.ipynb #19882ee8
 NETWORKS = {**dict.fromkeys(EXPERIMENTS, tuple(ARCHITECTURES)),
             "2": ("pcm-AstroMAE", "Henghes et al."),
             **dict.fromkeys(("mask-ratio", "pretraining-epochs", "encoder"), ("pcm-ViT",)),
@@ -99,7 +99,7 @@ def plan_named(name: str = "1",       # one of `NETWORKS`: an experiment or a st
                    networks=tuple(networks) or NETWORKS[name],
                    seeds=tuple(seeds) or PLANS[preset].seeds)
 
-# %% ../nbs/51_runs.ipynb #e637237f
+# %% ../nbs/51_runs.ipynb #dff048a0
 LEAST_TRAINING = 50
 
 def rows_of_seeds(stamps: StampSet, plan: Plan) -> dict: # seed -> rows, see `split_rows`
@@ -112,7 +112,7 @@ def rows_of_seeds(stamps: StampSet, plan: Plan) -> dict: # seed -> rows, see `sp
             f"train on in experiment {plan.experiment}; take a set that leaves {LEAST_TRAINING}.")
     return rows
 
-# %% ../nbs/51_runs.ipynb #8e9468df
+# %% ../nbs/51_runs.ipynb #e40908b5
 def git_commit(folder: Path) -> str: # forty hexadecimal digits, or unknown
     "The commit that last changed a folder."
     try: said = subprocess.run(["git", "-C", folder, "log", "-1", "--format=%H", "--", "."],
@@ -129,7 +129,7 @@ def environment(device=None) -> dict: # name -> version, or what it is
             "machine": platform.platform(), "device": str(device),
             "processes": rank_and_world()[1], "threads": torch.get_num_threads()}
 
-# %% ../nbs/51_runs.ipynb #719a0856
+# %% ../nbs/51_runs.ipynb #e1e44fce
 def write_split(file: Path, stamps: StampSet, experiment: str, seed: int):
     "Write which part every row of the set is in."
     parts = split(stamps.catalogue, experiment_named(experiment).fractions, seed)
@@ -155,7 +155,7 @@ def begin_run(folder: Path, stamps: StampSet, plan: Plan, device,
         if not (file := folder/f"seed-{seed}"/"split.fits").exists():
             write_split(file, stamps, plan.experiment, seed)
 
-# %% ../nbs/51_runs.ipynb #a5e0b211
+# %% ../nbs/51_runs.ipynb #8b142310
 def pretrained_kinds(networks: tuple) -> list: # of plain and pcm
     "The kinds of encoder that these networks want pretrained."
     wanted = [architecture(name) for name in networks]
@@ -169,7 +169,7 @@ def pretrain_encoders(folder: Path, stamps: StampSet, rows: dict, plan: Plan, se
                            replace(plan.pretraining, seed=seed), **where)
             for kind in pretrained_kinds(plan.networks)}
 
-# %% ../nbs/51_runs.ipynb #3d51aef8
+# %% ../nbs/51_runs.ipynb #e3e6d7c8
 def wait_for(file: Path, seconds: float = 0.5):
     "Return when a file is there; look again after some seconds."
     while not file.exists(): time.sleep(seconds)
@@ -202,7 +202,7 @@ def run_networks(folder: Path,       # networks, predictions and metrics go ther
     write_json(folder/"metrics.json", scores)
     return scores
 
-# %% ../nbs/51_runs.ipynb #8381f5de
+# %% ../nbs/51_runs.ipynb #f527fac3
 def run_experiment(stamps: StampSet,          # labelled where the experiment wants it
                    folder,                    # of the run; goes on where it stopped
                    plan: Plan = Plan(),
@@ -221,7 +221,7 @@ def run_experiment(stamps: StampSet,          # labelled where the experiment wa
                      magnitude_methods(stamps))
     return folder
 
-# %% ../nbs/51_runs.ipynb #d1ef4c35
+# %% ../nbs/51_runs.ipynb #20e18722
 def probe_columns(stamps: StampSet, train: np.ndarray, test: np.ndarray, autoencoders: dict,
                   seed: int, device) -> dict: # name -> function that gives redshifts
     "What the frozen embedding of each autoencoder knows, see `prediction_columns`."
@@ -239,7 +239,7 @@ def curve_points(variant: str, x: float, scores: list, **more) -> list: # one pe
     "The scores of one variant as points of a curve."
     return [{"variant": variant, "x": x, **more, **score} for score in scores]
 
-# %% ../nbs/51_runs.ipynb #f02677ee
+# %% ../nbs/51_runs.ipynb #644e201e
 def run_pretrainings(stamps: StampSet, folder, study: str,
                      plan: Plan,      # of all
                      plans: dict,     # value of the study -> plan
@@ -264,7 +264,7 @@ def run_pretrainings(stamps: StampSet, folder, study: str,
             if not rank_distrib(): write_json(home/"curve.json", curve)
     return folder
 
-# %% ../nbs/51_runs.ipynb #9debf3b2
+# %% ../nbs/51_runs.ipynb #bd42621d
 MASK_RATIOS = (0.25, 0.5, 0.6, 0.75, 0.9)
 
 def run_mask_ratio(stamps: StampSet,
@@ -280,7 +280,7 @@ def run_mask_ratio(stamps: StampSet,
              for ratio in ratios}
     return run_pretrainings(stamps, folder, "mask-ratio", plan, plans, device, progress, in_memory)
 
-# %% ../nbs/51_runs.ipynb #ce7381de
+# %% ../nbs/51_runs.ipynb #fa30c164
 PRETRAINING_EPOCHS = (10, 30, 90)
 
 def run_pretraining_epochs(stamps: StampSet,
@@ -298,7 +298,7 @@ def run_pretraining_epochs(stamps: StampSet,
     return run_pretrainings(stamps, folder, "pretraining-epochs", plan, plans, device, progress,
                             in_memory)
 
-# %% ../nbs/51_runs.ipynb #8c8cdfb1
+# %% ../nbs/51_runs.ipynb #940ea302
 def encoder_variants(plan: Plan) -> dict: # name -> plan
     "The plan, and plans that each do one thing otherwise."
     model, first, second = plan.autoencoder, plan.pretraining, plan.finetuning
@@ -315,7 +315,9 @@ def encoder_variants(plan: Plan) -> dict: # name -> plan
             plan, finetuning=replace(second, whole_image_statistics=whole)),
         "a third of the epochs": replace(plan, pretraining=replace(first, **third)),
         "a third of the rate": replace(plan, pretraining=replace(
-            first, peak_rate=first.peak_rate/3))}
+            first, peak_rate=first.peak_rate/3)),
+        "three times the rate": replace(plan, pretraining=replace(
+            first, peak_rate=first.peak_rate*3))}
 
 def run_encoder(stamps: StampSet,
                 folder,                      # of the run; goes on where it stopped
@@ -328,12 +330,12 @@ def run_encoder(stamps: StampSet,
     return run_pretrainings(stamps, folder, "encoder", plan, encoder_variants(plan), device,
                             progress, in_memory)
 
-# %% ../nbs/51_runs.ipynb #931825d6
+# %% ../nbs/51_runs.ipynb #887a9d48
 def some_labels(stamps: StampSet, train: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     "The training rows of a fraction of the galaxies; a larger fraction has them too."
     return train[split(stamps.catalogue[train], {"labels": fraction}, seed)["labels"]]
 
-# %% ../nbs/51_runs.ipynb #d6e96bbb
+# %% ../nbs/51_runs.ipynb #784b8237
 LABEL_FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.)
 
 def run_label_efficiency(stamps: StampSet,
@@ -370,6 +372,6 @@ def run_label_efficiency(stamps: StampSet,
             if not rank_distrib(): write_json(home/"curve.json", curve)
     return folder
 
-# %% ../nbs/51_runs.ipynb #bf90533b
+# %% ../nbs/51_runs.ipynb #41323601
 STUDIES = {"mask-ratio": run_mask_ratio, "pretraining-epochs": run_pretraining_epochs,
            "encoder": run_encoder, "label-efficiency": run_label_efficiency}
