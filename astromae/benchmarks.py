@@ -8,7 +8,7 @@ __all__ = ['IMPORT', 'RATES', 'seconds', 'time_ratio', 'rendering_speed', 'learn
            'write_field', 'cutting_seconds', 'write_cube', 'copy_file', 'import_speed', 'scatter_seconds', 'accuracy',
            'paired_rows', 'accuracy_rows', 'machine', 'record', 'measure_speed', 'record_rates', 'run_benchmarks']
 
-# %% ../nbs/60_benchmarks.ipynb #c788e948
+# %% ../nbs/60_benchmarks.ipynb #d42ef19e
 import json
 import os
 import platform
@@ -49,7 +49,7 @@ from .survey import BANDS, SKY_NOISE, frame_name
 from .training import (PretrainSettings, autoencoder_loss, finetune, load_trained,
                                make_learner, match_encoder)
 
-# %% ../nbs/60_benchmarks.ipynb #a804b682
+# %% ../nbs/60_benchmarks.ipynb #c66b0c38
 def seconds(function: Callable) -> float:
     "Wall time of one call."
     start = time.perf_counter()
@@ -61,14 +61,14 @@ def time_ratio(a: Callable, b: Callable, runs: int = 5) -> float: # median of ti
     a(), b()
     return float(np.median([seconds(a)/seconds(b) for _ in range(runs)]))
 
-# %% ../nbs/60_benchmarks.ipynb #f544266c
+# %% ../nbs/60_benchmarks.ipynb #3b28885e
 def rendering_speed(galaxies: int = 2000) -> float: # stamps per second
     "Stamps of five bands and 64 x 64 pixels that are rendered in a second, with their photometry."
     catalogue = packaged_catalogue()[:galaxies]
     next(iter(simulate(catalogue[:64])))
     return galaxies/seconds(lambda: [None for _ in simulate(catalogue)])
 
-# %% ../nbs/60_benchmarks.ipynb #382b1120
+# %% ../nbs/60_benchmarks.ipynb #5b4942b6
 def learner_overhead(stamps: StampSet, batch_size: int = 256, runs: int = 5) -> float:
     "Time of an epoch through the `Learner` over that of the same steps in a bare loop."
     rows = np.arange(len(stamps))
@@ -93,7 +93,7 @@ def learner_overhead(stamps: StampSet, batch_size: int = 256, runs: int = 5) -> 
 
     return time_ratio(lambda: learner.fit(1), bare, runs)
 
-# %% ../nbs/60_benchmarks.ipynb #18fe1d54
+# %% ../nbs/60_benchmarks.ipynb #ae511a0f
 class ReferenceAutoencoder(nn.Module):
     "The masked autoencoder in its plainest form, to measure against."
     def __init__(self, size=32, patch=8, bands=5, width=192, depth=12, decoder_depth=4, heads=3):
@@ -127,7 +127,7 @@ class ReferenceAutoencoder(nn.Module):
         mask = (restore >= length//4).float()
         return (error*mask).sum()/mask.sum()
 
-# %% ../nbs/60_benchmarks.ipynb #12335826
+# %% ../nbs/60_benchmarks.ipynb #5fba0285
 def pretraining_ratio(stamps: StampSet, batch_size: int = 256, steps: int = 4,
                       runs: int = 5) -> float:
     "Images per second of our training, loader included, over those of the reference loop."
@@ -153,7 +153,7 @@ def pretraining_ratio(stamps: StampSet, batch_size: int = 256, steps: int = 4,
 
     return 1/time_ratio(lambda: learner.fit(1), reference_epoch, runs)
 
-# %% ../nbs/60_benchmarks.ipynb #8a51b412
+# %% ../nbs/60_benchmarks.ipynb #debedac8
 def image_rate(history: pd.DataFrame, images: int) -> float: # images per second
     "Images that an epoch takes in a second, the median of all epochs but the first."
     return images/float(history["seconds"][1:].median())
@@ -178,14 +178,13 @@ def training_rates(stamps: StampSet,
                  for kind, encoder in encoders.items()}
         for name in plan.networks:
             network = match_encoder(architecture(name), plan.autoencoder)
-            needed = network.frozen and network.encoder != "none"
-            encoder = encoders[network.encoder].folder if needed else None
+            encoder = encoders[network.encoder].folder if pretrained_kinds((name,)) else None
             trained = finetune(stamps, rows["pretrain"], rows["watch"], Path(folder)/name, network,
                                second, encoder, cbs=cbs, **where)
             rates[name] = image_rate(trained.history, images)
     return rates
 
-# %% ../nbs/60_benchmarks.ipynb #ff3c4f74
+# %% ../nbs/60_benchmarks.ipynb #299bb23b
 def training_hours(rates: dict,  # from `training_rates`
                    plan: Plan,
                    galaxies: int # in the whole set
@@ -198,7 +197,7 @@ def training_hours(rates: dict,  # from `training_rates`
                             galaxies*plan.finetuning.epochs*experiment.fractions["train"])
     return pd.Series({name: n/rates[name]/3600 for name, n in images.items()}, name="hours")
 
-# %% ../nbs/60_benchmarks.ipynb #2f6bdb7f
+# %% ../nbs/60_benchmarks.ipynb #018b5f88
 @torch.no_grad()
 def reconstruction_errors(autoencoder, stamps: StampSet, train_rows: np.ndarray,
                           test_rows: np.ndarray, seed: int = 42) -> dict: # name -> error
@@ -222,7 +221,7 @@ def reconstruction_errors(autoencoder, stamps: StampSet, train_rows: np.ndarray,
     errors = {name: error(guess) for name, guess in guesses.items()}
     return {"autoencoder": float(loss), **errors}
 
-# %% ../nbs/60_benchmarks.ipynb #b24b9d8f
+# %% ../nbs/60_benchmarks.ipynb #332202e7
 def write_field(folder: Path, sources: int = 1500, shape: tuple = (1489, 2048)) -> Table:
     "Write five frames of sky and point sources; return the sources' positions."
     rng, stars = np.random.default_rng(0), gaussian_wcs(30, (0, 0), shape)
@@ -245,7 +244,7 @@ def cutting_seconds(galaxies: int = 500) -> float: # seconds
         positions = write_field(folder/"frames")[:galaxies]
         return seconds(lambda: cut_stamp_set(folder/"frames", folder/"set", positions))
 
-# %% ../nbs/60_benchmarks.ipynb #1d91607b
+# %% ../nbs/60_benchmarks.ipynb #f0a9395b
 def write_cube(path: Path, gigabytes: float): # an npz; size of its pixels
     "Write an npz like the published one, of noise around a profile, without holding it in memory."
     rng, (y, x) = np.random.default_rng(0), np.mgrid[:64, :64] - 32
@@ -268,7 +267,7 @@ def copy_file(source: Path, target: Path):
     with open(source, "rb") as old, open(target, "wb") as new:
         while n := old.readinto(buffer): new.write(buffer[:n])
 
-# %% ../nbs/60_benchmarks.ipynb #3f763eb4
+# %% ../nbs/60_benchmarks.ipynb #1e5a9ea4
 _IMPORT = """
 import re, sys, time
 from astromae.formats import import_stamps
@@ -300,7 +299,7 @@ def import_speed(folder: Path,           # on the disk in question
             peaks.append(peak)
     return float(np.median(ratios)), max(peaks)
 
-# %% ../nbs/60_benchmarks.ipynb #86f747f7
+# %% ../nbs/60_benchmarks.ipynb #040c45e8
 def scatter_seconds(galaxies: int = 659_857) -> float: # seconds
     "Time to draw and write a density scatter plot."
     rng = np.random.default_rng(42)
@@ -312,7 +311,7 @@ def scatter_seconds(galaxies: int = 659_857) -> float: # seconds
         plt.close(figure)
     return seconds(draw)
 
-# %% ../nbs/60_benchmarks.ipynb #868266f1
+# %% ../nbs/60_benchmarks.ipynb #2eaee1bb
 def accuracy(folder: Path, seeds) -> list: # one dictionary per seed
     "Train with every seed, going on where a former call stopped; scores of networks and baselines."
     stamps = render_stamps(folder/"stamps", ACCURACY.galaxies, 42, progress=True)
@@ -335,7 +334,7 @@ def accuracy_rows(runs: list) -> list: # of dictionaries: name, sigma_mad per se
              "mean": float(np.mean([score["sigma_mad"] for score in column]))}
             for column in columns]
 
-# %% ../nbs/60_benchmarks.ipynb #6c4adf00
+# %% ../nbs/60_benchmarks.ipynb #7e700104
 def machine() -> dict:
     "Where the figures were measured."
     return {"architecture": platform.machine(), "threads": torch.get_num_threads(),
@@ -346,7 +345,7 @@ def record(entries: dict, file: Path):
     known = json.loads(file.read_text()) if file.exists() else {}
     write_json(file, {**known, **entries})
 
-# %% ../nbs/60_benchmarks.ipynb #0ee7b330
+# %% ../nbs/60_benchmarks.ipynb #74d51f34
 IMPORT = "import of an 8 GB cube: speed over copying, peak GB"
 
 def measure_speed(folder: Path) -> dict: # name -> figure
@@ -381,7 +380,7 @@ def record_rates(folder, device: str|None = None, presets: dict = RATES,
                       "images per second": rates}}, file)
     print(f"the rates are in {file}")
 
-# %% ../nbs/60_benchmarks.ipynb #be33545e
+# %% ../nbs/60_benchmarks.ipynb #e610a0d2
 def run_benchmarks(folder, seeds: int = 0, file: Path = Path("nbs/benchmarks.json")):
     "Measure speed, or accuracy if there are seeds, and write what the documentation quotes."
     folder = Path(folder)
