@@ -8,7 +8,7 @@ __all__ = ['IMPORT', 'RATES', 'seconds', 'time_ratio', 'rendering_speed', 'learn
            'write_field', 'cutting_seconds', 'write_cube', 'copy_file', 'import_speed', 'scatter_seconds', 'accuracy',
            'paired_rows', 'accuracy_rows', 'machine', 'record', 'measure_speed', 'record_rates', 'run_benchmarks']
 
-# %% ../nbs/60_benchmarks.ipynb #d42ef19e
+# %% ../nbs/60_benchmarks.ipynb #dd34fcab
 import json
 import os
 import platform
@@ -42,14 +42,13 @@ from .experiments import experiment_named, split_rows
 from .frames import gaussian_wcs
 from .mae import MAEConfig, MaskedAutoencoder, patchify
 from .plots import density_scatter
-from .redshift import architecture
-from .runs import Plan, plan_named, pretrain_encoders, pretrained_kinds
+from .runs import (Plan, change_pretraining, finetune_plan, plan_named,
+                           pretrain_encoders, pretrained_kinds)
 from .simulate import packaged_catalogue, simulate
 from .survey import BANDS, SKY_NOISE, frame_name
-from .training import (PretrainSettings, autoencoder_loss, finetune, load_trained,
-                               make_learner, match_encoder)
+from .training import PretrainSettings, autoencoder_loss, load_trained, make_learner
 
-# %% ../nbs/60_benchmarks.ipynb #c66b0c38
+# %% ../nbs/60_benchmarks.ipynb #37eb030b
 def seconds(function: Callable) -> float:
     "Wall time of one call."
     start = time.perf_counter()
@@ -61,14 +60,14 @@ def time_ratio(a: Callable, b: Callable, runs: int = 5) -> float: # median of ti
     a(), b()
     return float(np.median([seconds(a)/seconds(b) for _ in range(runs)]))
 
-# %% ../nbs/60_benchmarks.ipynb #3b28885e
+# %% ../nbs/60_benchmarks.ipynb #7e0a48e0
 def rendering_speed(galaxies: int = 2000) -> float: # stamps per second
     "Stamps of five bands and 64 x 64 pixels that are rendered in a second, with their photometry."
     catalogue = packaged_catalogue()[:galaxies]
     next(iter(simulate(catalogue[:64])))
     return galaxies/seconds(lambda: [None for _ in simulate(catalogue)])
 
-# %% ../nbs/60_benchmarks.ipynb #5b4942b6
+# %% ../nbs/60_benchmarks.ipynb #9e81cb7d
 def learner_overhead(stamps: StampSet, batch_size: int = 256, runs: int = 5) -> float:
     "Time of an epoch through the `Learner` over that of the same steps in a bare loop."
     rows = np.arange(len(stamps))
@@ -93,7 +92,7 @@ def learner_overhead(stamps: StampSet, batch_size: int = 256, runs: int = 5) -> 
 
     return time_ratio(lambda: learner.fit(1), bare, runs)
 
-# %% ../nbs/60_benchmarks.ipynb #ae511a0f
+# %% ../nbs/60_benchmarks.ipynb #fe83d1c8
 class ReferenceAutoencoder(nn.Module):
     "The masked autoencoder in its plainest form, to measure against."
     def __init__(self, size=32, patch=8, bands=5, width=192, depth=12, decoder_depth=4, heads=3):
@@ -127,7 +126,7 @@ class ReferenceAutoencoder(nn.Module):
         mask = (restore >= length//4).float()
         return (error*mask).sum()/mask.sum()
 
-# %% ../nbs/60_benchmarks.ipynb #5fba0285
+# %% ../nbs/60_benchmarks.ipynb #520a6308
 def pretraining_ratio(stamps: StampSet, batch_size: int = 256, steps: int = 4,
                       runs: int = 5) -> float:
     "Images per second of our training, loader included, over those of the reference loop."
@@ -153,38 +152,33 @@ def pretraining_ratio(stamps: StampSet, batch_size: int = 256, steps: int = 4,
 
     return 1/time_ratio(lambda: learner.fit(1), reference_epoch, runs)
 
-# %% ../nbs/60_benchmarks.ipynb #debedac8
+# %% ../nbs/60_benchmarks.ipynb #bd69c3d0
 def image_rate(history: pd.DataFrame, images: int) -> float: # images per second
     "Images that an epoch takes in a second, the median of all epochs but the first."
     return images/float(history["seconds"][1:].median())
 
 def training_rates(stamps: StampSet,
                    plan: Plan,             # its networks and settings, but for the epochs
-                   images: int = 65_536,   # of an epoch; fewer stamps are taken again
+                   images: int,            # of an epoch; fewer stamps are taken again
                    device: str|None = None, # None: a GPU if there is one
-                   epochs: int = 4,
-                   cbs=()                  # more fastai callbacks of the networks' trainings
+                   epochs: int = 3,
+                   cbs=()                  # more fastai callbacks
                   ) -> dict:               # name of the training -> images per second
     "Images per second of each training of a plan, with a batch to watch after every epoch."
-    first = replace(plan.pretraining, epochs=epochs, warmup_epochs=1)
-    second = replace(plan.finetuning, epochs=epochs, cycle=epochs)
-    rows = {"pretrain": np.arange(images) % len(stamps)}
-    rows["watch"] = rows["pretrain"][:first.batch_size]
-    where = dict(device=device, in_memory=True, progress=False)
+    plan = replace(change_pretraining(plan, epochs=epochs, warmup_epochs=1),
+                   finetuning=replace(plan.finetuning, epochs=epochs, cycle=epochs))
+    shown = np.arange(images) % len(stamps)
+    watched = shown[:plan.pretraining.batch_size]
+    rows = {"pretrain": shown, "watch": watched, "train": shown, "valid": watched}
+    where = dict(device=device, in_memory=True, progress=False, cbs=cbs)
     with tempfile.TemporaryDirectory() as folder:
-        encoders = pretrain_encoders(Path(folder), stamps, rows,
-                                     replace(plan, pretraining=first), 42, where)
-        rates = {f"pretraining {kind}": image_rate(encoder.history, images)
-                 for kind, encoder in encoders.items()}
-        for name in plan.networks:
-            network = match_encoder(architecture(name), plan.autoencoder)
-            encoder = encoders[network.encoder].folder if pretrained_kinds((name,)) else None
-            trained = finetune(stamps, rows["pretrain"], rows["watch"], Path(folder)/name, network,
-                               second, encoder, cbs=cbs, **where)
-            rates[name] = image_rate(trained.history, images)
-    return rates
+        encoders = pretrain_encoders(Path(folder), stamps, rows, plan, 42, where)
+        networks = finetune_plan(Path(folder), stamps, rows, plan, plan.networks, 42, encoders,
+                                 where)
+    trainings = {f"pretraining {kind}": encoder for kind, encoder in encoders.items()} | networks
+    return {name: image_rate(trained.history, images) for name, trained in trainings.items()}
 
-# %% ../nbs/60_benchmarks.ipynb #299bb23b
+# %% ../nbs/60_benchmarks.ipynb #43fceb49
 def training_hours(rates: dict,  # from `training_rates`
                    plan: Plan,
                    galaxies: int # in the whole set
@@ -197,7 +191,7 @@ def training_hours(rates: dict,  # from `training_rates`
                             galaxies*plan.finetuning.epochs*experiment.fractions["train"])
     return pd.Series({name: n/rates[name]/3600 for name, n in images.items()}, name="hours")
 
-# %% ../nbs/60_benchmarks.ipynb #018b5f88
+# %% ../nbs/60_benchmarks.ipynb #71d19412
 @torch.no_grad()
 def reconstruction_errors(autoencoder, stamps: StampSet, train_rows: np.ndarray,
                           test_rows: np.ndarray, seed: int = 42) -> dict: # name -> error
@@ -221,7 +215,7 @@ def reconstruction_errors(autoencoder, stamps: StampSet, train_rows: np.ndarray,
     errors = {name: error(guess) for name, guess in guesses.items()}
     return {"autoencoder": float(loss), **errors}
 
-# %% ../nbs/60_benchmarks.ipynb #332202e7
+# %% ../nbs/60_benchmarks.ipynb #bf951614
 def write_field(folder: Path, sources: int = 1500, shape: tuple = (1489, 2048)) -> Table:
     "Write five frames of sky and point sources; return the sources' positions."
     rng, stars = np.random.default_rng(0), gaussian_wcs(30, (0, 0), shape)
@@ -244,7 +238,7 @@ def cutting_seconds(galaxies: int = 500) -> float: # seconds
         positions = write_field(folder/"frames")[:galaxies]
         return seconds(lambda: cut_stamp_set(folder/"frames", folder/"set", positions))
 
-# %% ../nbs/60_benchmarks.ipynb #f0a9395b
+# %% ../nbs/60_benchmarks.ipynb #09eeacc3
 def write_cube(path: Path, gigabytes: float): # an npz; size of its pixels
     "Write an npz like the published one, of noise around a profile, without holding it in memory."
     rng, (y, x) = np.random.default_rng(0), np.mgrid[:64, :64] - 32
@@ -267,7 +261,7 @@ def copy_file(source: Path, target: Path):
     with open(source, "rb") as old, open(target, "wb") as new:
         while n := old.readinto(buffer): new.write(buffer[:n])
 
-# %% ../nbs/60_benchmarks.ipynb #1e5a9ea4
+# %% ../nbs/60_benchmarks.ipynb #1b27f841
 _IMPORT = """
 import re, sys, time
 from astromae.formats import import_stamps
@@ -299,7 +293,7 @@ def import_speed(folder: Path,           # on the disk in question
             peaks.append(peak)
     return float(np.median(ratios)), max(peaks)
 
-# %% ../nbs/60_benchmarks.ipynb #040c45e8
+# %% ../nbs/60_benchmarks.ipynb #3e56ee39
 def scatter_seconds(galaxies: int = 659_857) -> float: # seconds
     "Time to draw and write a density scatter plot."
     rng = np.random.default_rng(42)
@@ -311,7 +305,7 @@ def scatter_seconds(galaxies: int = 659_857) -> float: # seconds
         plt.close(figure)
     return seconds(draw)
 
-# %% ../nbs/60_benchmarks.ipynb #2eaee1bb
+# %% ../nbs/60_benchmarks.ipynb #56261765
 def accuracy(folder: Path, seeds) -> list: # one dictionary per seed
     "Train with every seed, going on where a former call stopped; scores of networks and baselines."
     stamps = render_stamps(folder/"stamps", ACCURACY.galaxies, 42, progress=True)
@@ -334,7 +328,7 @@ def accuracy_rows(runs: list) -> list: # of dictionaries: name, sigma_mad per se
              "mean": float(np.mean([score["sigma_mad"] for score in column]))}
             for column in columns]
 
-# %% ../nbs/60_benchmarks.ipynb #7e700104
+# %% ../nbs/60_benchmarks.ipynb #ea850e4e
 def machine() -> dict:
     "Where the figures were measured."
     return {"architecture": platform.machine(), "threads": torch.get_num_threads(),
@@ -345,7 +339,7 @@ def record(entries: dict, file: Path):
     known = json.loads(file.read_text()) if file.exists() else {}
     write_json(file, {**known, **entries})
 
-# %% ../nbs/60_benchmarks.ipynb #74d51f34
+# %% ../nbs/60_benchmarks.ipynb #8bb1fc3e
 IMPORT = "import of an 8 GB cube: speed over copying, peak GB"
 
 def measure_speed(folder: Path) -> dict: # name -> figure
@@ -374,13 +368,13 @@ def record_rates(folder, device: str|None = None, presets: dict = RATES,
         "the rates are those of a GPU, and there is none here; measure them where there is one.")
     stamps = render_stamps(Path(folder)/"stamps", 10_000, 42, progress=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    rates = {preset: training_rates(stamps, plan_named("1", preset), images, str(device), epochs=3)
+    rates = {preset: training_rates(stamps, plan_named("1", preset), images, str(device))
              for preset, images in presets.items()}
     record({"rates": {"device": name, "torch": torch.__version__,
                       "images per second": rates}}, file)
     print(f"the rates are in {file}")
 
-# %% ../nbs/60_benchmarks.ipynb #e610a0d2
+# %% ../nbs/60_benchmarks.ipynb #11c6c041
 def run_benchmarks(folder, seeds: int = 0, file: Path = Path("nbs/benchmarks.json")):
     "Measure speed, or accuracy if there are seeds, and write what the documentation quotes."
     folder = Path(folder)

@@ -9,7 +9,7 @@ __all__ = ['DEMO', 'ACCURACY', 'MAGNITUDE_METHODS', 'CLOSING', 'Comparison', 're
            'verdict', 'save_figure', 'draw_reconstructions', 'draw_losses', 'draw_rates', 'draw_figures', 'compare',
            'finetune_and_score', 'run_demo']
 
-# %% ../nbs/50_comparison.ipynb #67e04b18
+# %% ../nbs/50_comparison.ipynb #6e7a481a
 import math
 import re
 from collections.abc import Iterable
@@ -42,7 +42,7 @@ from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
                                PretrainSettings, Trained, claim_run, finetune, pretrain,
                                schedule_of)
 
-# %% ../nbs/50_comparison.ipynb #5a767433
+# %% ../nbs/50_comparison.ipynb #e4b6a091
 @dataclass(frozen=True)
 class Comparison:
     "What is rendered, trained and compared."
@@ -57,7 +57,7 @@ class Comparison:
 
 DEMO = Comparison()
 
-# %% ../nbs/50_comparison.ipynb #34381737
+# %% ../nbs/50_comparison.ipynb #1ed7f075
 ACCURACY = Comparison(
     experiment="accuracy", networks=("pcm-AstroMAE", "Henghes et al."), views=8,
     autoencoder=MAEConfig(encoder="pcm", depth=4, decoder_depth=2),
@@ -66,7 +66,7 @@ ACCURACY = Comparison(
     finetuning=replace(FINETUNE_PRESETS["demo"], epochs=60, cycle=60, rate=1e-3, batch_size=32,
                        checkpoint_every=4))
 
-# %% ../nbs/50_comparison.ipynb #3fb5516f
+# %% ../nbs/50_comparison.ipynb #215ff77e
 def render_stamps(folder: Path, galaxies: int, seed: int, progress: bool) -> StampSet:
     "The packaged galaxies as a stamp set, rendered unless the folder has them already."
     if folder.exists(): return StampSet.open(folder)
@@ -78,7 +78,7 @@ def render_stamps(folder: Path, galaxies: int, seed: int, progress: bool) -> Sta
     return write_stamp_set(folder, chunks, len(catalogue), dtype="float16",
                            origin="SDSS redshifts and colours are real, the pixels simulated")
 
-# %% ../nbs/50_comparison.ipynb #5814fe02
+# %% ../nbs/50_comparison.ipynb #64354afa
 def folder_name(name: str) -> str: # letters, digits and hyphens
     "The name of a network as the name of a folder."
     return re.sub(r"[^\w-]+", "-", name).strip("-")
@@ -89,12 +89,13 @@ def finetune_networks(folder: Path,        # each network gets a folder in it
                       networks: dict,      # name -> `RedshiftConfig`
                       settings: FinetuneSettings,
                       autoencoders: dict,  # plain, pcm -> folder of its pretraining run
-                      device, progress: bool, in_memory: bool = True
+                      device, progress: bool, in_memory: bool = True,
+                      cbs=()               # more fastai callbacks
                      ) -> dict:            # name -> trained network
     "Fine-tune every network; one with a frozen encoder takes that of its own kind."
     return {name: finetune(stamps, rows["train"], rows["valid"], folder/folder_name(name), network,
                            settings, autoencoders.get(network.encoder) if network.frozen else None,
-                           device, in_memory, title=name, progress=progress)
+                           device, in_memory, title=name, progress=progress, cbs=cbs)
             for name, network in networks.items()}
 
 def train_networks(folder: Path,        # of the comparison
@@ -113,7 +114,7 @@ def train_networks(folder: Path,        # of the comparison
                                           replace(settings.finetuning, seed=settings.seed),
                                           autoencoders, device, progress)
 
-# %% ../nbs/50_comparison.ipynb #5c0bf207
+# %% ../nbs/50_comparison.ipynb #a3eb38d8
 MAGNITUDE_METHODS = (*BASELINES, "template fit")
 
 def magnitude_methods(stamps: StampSet) -> tuple: # names
@@ -135,7 +136,7 @@ def predict_from_magnitudes(name: str,          # of `MAGNITUDE_METHODS`
     errors = np.stack([np.asarray(stamps.catalogue[column]) for column in columns], axis=1)
     return template_fit(*known, errors[train], errors[test], seed=seed)
 
-# %% ../nbs/50_comparison.ipynb #506ab575
+# %% ../nbs/50_comparison.ipynb #176fe2e7
 def prediction_columns(stamps: StampSet,
                        rows: dict,          # from `split_rows`
                        networks: dict,      # name -> trained network
@@ -168,7 +169,7 @@ def predict_test_part(file: Path,       # the table; what it has not yet is adde
         write_predictions(table, file)
     return table
 
-# %% ../nbs/50_comparison.ipynb #03c2ecd3
+# %% ../nbs/50_comparison.ipynb #a782820e
 def score_column(z_phot: np.ndarray, z_spec: np.ndarray) -> dict: # see `evaluate`
     "The metrics of a column of predictions; None for each if it is not finite."
     if np.isfinite(z_phot).all(): return evaluate(z_phot, z_spec)
@@ -191,7 +192,7 @@ def format_scores(scores: list) -> str:
         lines.append(f"{row['name']:22}{row['n']:>6}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 
-# %% ../nbs/50_comparison.ipynb #5cea19a5
+# %% ../nbs/50_comparison.ipynb #5e0099f9
 def judgement(low: float, high: float # ends of the interval of a ratio of scatters
              ) -> str:
     "Is the first of two ahead?"
@@ -218,7 +219,7 @@ def verdict(table: Table, networks: tuple) -> str:
     mark = min(MAGNITUDE_METHODS, key=lambda name: sigma_mad(np.asarray(table[name]), z_spec))
     return "\n".join(compare_two(table, networks[0], name) for name in (mark, *networks[1:2]))
 
-# %% ../nbs/50_comparison.ipynb #161e75fb
+# %% ../nbs/50_comparison.ipynb #a144d1fa
 def save_figure(figure: plt.Figure, file: Path):
     "Write a figure as PNG and close it."
     with write_aside(file) as new: figure.savefig(new, format="png", dpi=130, bbox_inches="tight")
@@ -243,7 +244,7 @@ def draw_reconstructions(autoencoder: Trained, stamps: StampSet, rows: np.ndarra
         restored = preprocessing.images.inverse(reconstruct(model, seen, noise))
     return plot_reconstructions(images, mask, restored, n=n, bands=bands)
 
-# %% ../nbs/50_comparison.ipynb #550b006e
+# %% ../nbs/50_comparison.ipynb #68c849d6
 def draw_losses(logs: dict) -> plt.Figure: # name -> what a run wrote down, see `plot_losses`
     "The losses of every run, two panels in a row."
     figure, axes = plt.subplots(math.ceil(len(logs)/2), 2, figsize=(9, 2.8*math.ceil(len(logs)/2)))
@@ -261,7 +262,7 @@ def draw_rates(pretraining: PretrainSettings, finetuning: FinetuneSettings) -> p
     figure.tight_layout()
     return figure
 
-# %% ../nbs/50_comparison.ipynb #6568f380
+# %% ../nbs/50_comparison.ipynb #67d7b0ac
 def draw_figures(folder: Path, stamps: StampSet, rows: dict, settings: Comparison,
                  autoencoder: Trained, networks: dict, predictions: Table):
     "Write every figure of a comparison into its folder."
@@ -277,7 +278,7 @@ def draw_figures(folder: Path, stamps: StampSet, rows: dict, settings: Compariso
     figures["losses"] = draw_losses({name: run.history for name, run in runs.items()})
     for name, figure in figures.items(): save_figure(figure, folder/f"{name}.png")
 
-# %% ../nbs/50_comparison.ipynb #318260c5
+# %% ../nbs/50_comparison.ipynb #fe42314f
 def compare(folder,                        # everything is written here; goes on where it stopped
             settings: Comparison = DEMO,
             stamps=None,                   # folder of a stamp set; None: rendered in it
@@ -300,7 +301,7 @@ def compare(folder,                        # everything is written here; goes on
     if not (folder/"model").exists(): save_model(folder/"model", best.model, best.preprocessing)
     return scores
 
-# %% ../nbs/50_comparison.ipynb #85998b0d
+# %% ../nbs/50_comparison.ipynb #798b1ccb
 def finetune_and_score(stamps: StampSet, folder, network: str, settings: FinetuneSettings,
                        experiment: str, pretrained=None, device: str|None = None,
                        in_memory: bool = False) -> str|None:
@@ -319,7 +320,7 @@ def finetune_and_score(stamps: StampSet, folder, network: str, settings: Finetun
     save_figure(figure, folder/"scatter.png")
     return f"{format_scores(scores)}\nThe model, its predictions and its figure are in {folder}"
 
-# %% ../nbs/50_comparison.ipynb #6f63738d
+# %% ../nbs/50_comparison.ipynb #9d5679d3
 CLOSING = """
 redshifts and colours are real SDSS, the pixels are simulated
 

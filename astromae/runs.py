@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PLANS', 'NETWORKS', 'LEAST_TRAINING', 'MASK_RATIOS', 'PRETRAINING_EPOCHS', 'LABEL_FRACTIONS', 'STUDIES', 'Plan',
            'plan_named', 'rows_of_seeds', 'git_commit', 'environment', 'write_split', 'begin_run', 'pretrained_kinds',
-           'pretrain_encoders', 'wait_for', 'run_networks', 'run_experiment', 'probe_columns', 'curve_points',
-           'run_pretrainings', 'run_mask_ratio', 'run_pretraining_epochs', 'encoder_variants', 'run_encoder',
-           'some_labels', 'run_label_efficiency']
+           'pretrain_encoders', 'wait_for', 'finetune_plan', 'run_networks', 'run_experiment', 'probe_columns',
+           'curve_points', 'run_pretrainings', 'run_mask_ratio', 'change_pretraining', 'run_pretraining_epochs',
+           'encoder_variants', 'run_encoder', 'some_labels', 'run_label_efficiency']
 
-# %% ../nbs/51_runs.ipynb #09b7c692
+# %% ../nbs/51_runs.ipynb #3e9f5d2b
 import json
 import platform
 import subprocess
@@ -38,7 +38,7 @@ from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
                                PretrainSettings, check_labels, claim_run, match_encoder,
                                pretrain, process_device, rank_and_world)
 
-# %% ../nbs/51_runs.ipynb #e27a49f6
+# %% ../nbs/51_runs.ipynb #dbc9f7b9
 @dataclass(frozen=True)
 class Plan:
     "What is pretrained, fine-tuned and compared; the defaults are the paper's experiment 1."
@@ -63,7 +63,7 @@ class Plan:
             f"the seeds are {', '.join(map(str, self.seeds))}; choose numbers from 0 to "
             f"{2**32 - 1}.")
 
-# %% ../nbs/51_runs.ipynb #292eb368
+# %% ../nbs/51_runs.ipynb #212e3f20
 PLANS = {
     "paper": Plan(),
     "gpu-hour": Plan(
@@ -77,7 +77,7 @@ PLANS = {
         finetuning=replace(FINETUNE_PRESETS["demo"], epochs=25, cycle=25, rate=1e-3,
                            batch_size=32))}
 
-# %% ../nbs/51_runs.ipynb #19882ee8
+# %% ../nbs/51_runs.ipynb #3c296b50
 NETWORKS = {**dict.fromkeys(EXPERIMENTS, tuple(ARCHITECTURES)),
             "2": ("pcm-AstroMAE", "Henghes et al."),
             **dict.fromkeys(("mask-ratio", "pretraining-epochs", "encoder"), ("pcm-ViT",)),
@@ -99,7 +99,7 @@ def plan_named(name: str = "1",       # one of `NETWORKS`: an experiment or a st
                    networks=tuple(networks) or NETWORKS[name],
                    seeds=tuple(seeds) or PLANS[preset].seeds)
 
-# %% ../nbs/51_runs.ipynb #dff048a0
+# %% ../nbs/51_runs.ipynb #d676a1db
 LEAST_TRAINING = 50
 
 def rows_of_seeds(stamps: StampSet, plan: Plan) -> dict: # seed -> rows, see `split_rows`
@@ -112,7 +112,7 @@ def rows_of_seeds(stamps: StampSet, plan: Plan) -> dict: # seed -> rows, see `sp
             f"train on in experiment {plan.experiment}; take a set that leaves {LEAST_TRAINING}.")
     return rows
 
-# %% ../nbs/51_runs.ipynb #e40908b5
+# %% ../nbs/51_runs.ipynb #f0c5b31e
 def git_commit(folder: Path) -> str: # forty hexadecimal digits, or unknown
     "The commit that last changed a folder."
     try: said = subprocess.run(["git", "-C", folder, "log", "-1", "--format=%H", "--", "."],
@@ -129,7 +129,7 @@ def environment(device=None) -> dict: # name -> version, or what it is
             "machine": platform.platform(), "device": str(device),
             "processes": rank_and_world()[1], "threads": torch.get_num_threads()}
 
-# %% ../nbs/51_runs.ipynb #e1e44fce
+# %% ../nbs/51_runs.ipynb #67b57cd0
 def write_split(file: Path, stamps: StampSet, experiment: str, seed: int):
     "Write which part every row of the set is in."
     parts = split(stamps.catalogue, experiment_named(experiment).fractions, seed)
@@ -155,7 +155,7 @@ def begin_run(folder: Path, stamps: StampSet, plan: Plan, device,
         if not (file := folder/f"seed-{seed}"/"split.fits").exists():
             write_split(file, stamps, plan.experiment, seed)
 
-# %% ../nbs/51_runs.ipynb #8b142310
+# %% ../nbs/51_runs.ipynb #e0180919
 def pretrained_kinds(networks: tuple) -> list: # of plain and pcm
     "The kinds of encoder that these networks want pretrained."
     wanted = [architecture(name) for name in networks]
@@ -169,10 +169,22 @@ def pretrain_encoders(folder: Path, stamps: StampSet, rows: dict, plan: Plan, se
                            replace(plan.pretraining, seed=seed), **where)
             for kind in pretrained_kinds(plan.networks)}
 
-# %% ../nbs/51_runs.ipynb #e3e6d7c8
+# %% ../nbs/51_runs.ipynb #6631200c
 def wait_for(file: Path, seconds: float = 0.5):
     "Return when a file is there; look again after some seconds."
     while not file.exists(): time.sleep(seconds)
+
+def finetune_plan(folder: Path,       # each network gets a folder in it
+                  stamps: StampSet, rows: dict, plan: Plan,
+                  names: tuple,       # of the plan's networks
+                  seed: int,
+                  autoencoders: dict, # from `pretrain_encoders`
+                  where: dict) -> dict: # name -> trained network
+    "Fine-tune networks of a plan, with encoders of the size of its autoencoder."
+    configs = {name: match_encoder(architecture(name), plan.autoencoder) for name in names}
+    return finetune_networks(folder, stamps, rows, configs, replace(plan.finetuning, seed=seed),
+                             {kind: trained.folder for kind, trained in autoencoders.items()},
+                             **where)
 
 def run_networks(folder: Path,       # networks, predictions and metrics go there
                  stamps: StampSet,
@@ -187,11 +199,8 @@ def run_networks(folder: Path,       # networks, predictions and metrics go ther
                 ) -> list:           # one dictionary of metrics per column
     "Fine-tune networks, predict the test part, and score."
     if (folder/"metrics.json").exists(): return json.loads((folder/"metrics.json").read_text())
-    configs = {name: match_encoder(architecture(name), plan.autoencoder) for name in names}
-    networks = finetune_networks(folder/"networks", stamps, rows, configs,
-                                 replace(plan.finetuning, seed=seed),
-                                 {kind: trained.folder for kind, trained in autoencoders.items()},
-                                 **where)
+    networks = finetune_plan(folder/"networks", stamps, rows, plan, names, seed, autoencoders,
+                             where)
     if rank_distrib():
         wait_for(folder/"metrics.json")
         return json.loads((folder/"metrics.json").read_text())
@@ -202,7 +211,7 @@ def run_networks(folder: Path,       # networks, predictions and metrics go ther
     write_json(folder/"metrics.json", scores)
     return scores
 
-# %% ../nbs/51_runs.ipynb #f527fac3
+# %% ../nbs/51_runs.ipynb #09566c6d
 def run_experiment(stamps: StampSet,          # labelled where the experiment wants it
                    folder,                    # of the run; goes on where it stopped
                    plan: Plan = Plan(),
@@ -221,7 +230,7 @@ def run_experiment(stamps: StampSet,          # labelled where the experiment wa
                      magnitude_methods(stamps))
     return folder
 
-# %% ../nbs/51_runs.ipynb #20e18722
+# %% ../nbs/51_runs.ipynb #f5c91d48
 def probe_columns(stamps: StampSet, train: np.ndarray, test: np.ndarray, autoencoders: dict,
                   seed: int, device) -> dict: # name -> function that gives redshifts
     "What the frozen embedding of each autoencoder knows, see `prediction_columns`."
@@ -239,7 +248,7 @@ def curve_points(variant: str, x: float, scores: list, **more) -> list: # one pe
     "The scores of one variant as points of a curve."
     return [{"variant": variant, "x": x, **more, **score} for score in scores]
 
-# %% ../nbs/51_runs.ipynb #644e201e
+# %% ../nbs/51_runs.ipynb #a1d66e25
 def run_pretrainings(stamps: StampSet, folder, study: str,
                      plan: Plan,      # of all
                      plans: dict,     # value of the study -> plan
@@ -264,7 +273,7 @@ def run_pretrainings(stamps: StampSet, folder, study: str,
             if not rank_distrib(): write_json(home/"curve.json", curve)
     return folder
 
-# %% ../nbs/51_runs.ipynb #bd42621d
+# %% ../nbs/51_runs.ipynb #e14f8ff3
 MASK_RATIOS = (0.25, 0.5, 0.6, 0.75, 0.9)
 
 def run_mask_ratio(stamps: StampSet,
@@ -280,7 +289,11 @@ def run_mask_ratio(stamps: StampSet,
              for ratio in ratios}
     return run_pretrainings(stamps, folder, "mask-ratio", plan, plans, device, progress, in_memory)
 
-# %% ../nbs/51_runs.ipynb #fa30c164
+# %% ../nbs/51_runs.ipynb #0f68d291
+def change_pretraining(plan: Plan, **settings) -> Plan:
+    "The plan with some settings of pretraining otherwise."
+    return replace(plan, pretraining=replace(plan.pretraining, **settings))
+
 PRETRAINING_EPOCHS = (10, 30, 90)
 
 def run_pretraining_epochs(stamps: StampSet,
@@ -292,13 +305,12 @@ def run_pretraining_epochs(stamps: StampSet,
                            lengths: tuple = PRETRAINING_EPOCHS # epochs
                           ) -> Path:                  # the folder
     "Pretrain for several lengths, and score networks and probes on each encoder."
-    plans = {epochs: replace(plan, pretraining=replace(plan.pretraining, epochs=epochs,
-                                                       warmup_epochs=epochs/10))
+    plans = {epochs: change_pretraining(plan, epochs=epochs, warmup_epochs=epochs/10)
              for epochs in lengths}
     return run_pretrainings(stamps, folder, "pretraining-epochs", plan, plans, device, progress,
                             in_memory)
 
-# %% ../nbs/51_runs.ipynb #940ea302
+# %% ../nbs/51_runs.ipynb #abc3f76a
 def encoder_variants(plan: Plan) -> dict: # name -> plan
     "The plan, and plans that each do one thing otherwise."
     model, first, second = plan.autoencoder, plan.pretraining, plan.finetuning
@@ -309,15 +321,12 @@ def encoder_variants(plan: Plan) -> dict: # name -> plan
     return {
         "as planned": plan,
         f"pcm masking {masking}": replace(plan, autoencoder=replace(model, pcm_masking=masking)),
-        f"normalisation {unscaled}": replace(plan, pretraining=replace(
-            first, normalisation=unscaled)),
+        f"normalisation {unscaled}": change_pretraining(plan, normalisation=unscaled),
         f"BatchNorm of {'whole' if whole else 'masked'} images": replace(
             plan, finetuning=replace(second, whole_image_statistics=whole)),
-        "a third of the epochs": replace(plan, pretraining=replace(first, **third)),
-        "a third of the rate": replace(plan, pretraining=replace(
-            first, peak_rate=first.peak_rate/3)),
-        "three times the rate": replace(plan, pretraining=replace(
-            first, peak_rate=first.peak_rate*3))}
+        "a third of the epochs": change_pretraining(plan, **third),
+        "a third of the rate": change_pretraining(plan, peak_rate=first.peak_rate/3),
+        "three times the rate": change_pretraining(plan, peak_rate=first.peak_rate*3)}
 
 def run_encoder(stamps: StampSet,
                 folder,                      # of the run; goes on where it stopped
@@ -330,12 +339,12 @@ def run_encoder(stamps: StampSet,
     return run_pretrainings(stamps, folder, "encoder", plan, encoder_variants(plan), device,
                             progress, in_memory)
 
-# %% ../nbs/51_runs.ipynb #887a9d48
+# %% ../nbs/51_runs.ipynb #28375ce3
 def some_labels(stamps: StampSet, train: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     "The training rows of a fraction of the galaxies; a larger fraction has them too."
     return train[split(stamps.catalogue[train], {"labels": fraction}, seed)["labels"]]
 
-# %% ../nbs/51_runs.ipynb #784b8237
+# %% ../nbs/51_runs.ipynb #7d846bf7
 LABEL_FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.)
 
 def run_label_efficiency(stamps: StampSet,
@@ -372,6 +381,6 @@ def run_label_efficiency(stamps: StampSet,
             if not rank_distrib(): write_json(home/"curve.json", curve)
     return folder
 
-# %% ../nbs/51_runs.ipynb #41323601
+# %% ../nbs/51_runs.ipynb #9563c8ee
 STUDIES = {"mask-ratio": run_mask_ratio, "pretraining-epochs": run_pretraining_epochs,
            "encoder": run_encoder, "label-efficiency": run_label_efficiency}
