@@ -29,7 +29,7 @@ demo: env
 
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q
 
 # nbdev prepares the notebooks for a renderer in _proc/: hidden cells gone, signatures documented
 PREPARE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -c \
