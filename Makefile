@@ -11,6 +11,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ENV := .venv
 BIN := $(ENV)/bin
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 
 .PHONY: demo test docs readme bench accuracy experiments full-size rates lab env clean
 .DEFAULT_GOAL := demo

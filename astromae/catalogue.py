@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENT_1', 'required_columns', 'check_catalogue', 'tidy_catalogue', 'known_names', 'as_table', 'house_catalogue',
-           'matching_rows', 'duplicates', 'split']
+           'in_degrees', 'matching_rows', 'duplicates', 'split']
 
-# %% ../nbs/00_catalogue.ipynb #a32fdb04
+# %% ../nbs/00_catalogue.ipynb #8733229d
 import difflib, re
 from collections import Counter
 from typing import Iterable
@@ -22,7 +22,7 @@ from scipy.sparse.csgraph import connected_components
 from .errors import InputError
 from .survey import BANDS, EXTINCTION_PER_EBV
 
-# %% ../nbs/00_catalogue.ipynb #839338dd
+# %% ../nbs/00_catalogue.ipynb #7c78364f
 def required_columns(bands: Iterable[str] = BANDS # names of the bands
                     ) -> list[str]:               # names of the columns
     "The columns without which a catalogue is refused."
@@ -46,7 +46,7 @@ def check_catalogue(catalogue: Table, bands: Iterable[str], # names of the bands
     if catalogue["objid"].dtype.kind not in "iu" or np.ma.is_masked(catalogue["objid"]):
         raise InputError(f"the column 'objid' of {where} must be whole numbers, one for every row.")
 
-# %% ../nbs/00_catalogue.ipynb #8302dfeb
+# %% ../nbs/00_catalogue.ipynb #4d1a069c
 def tidy_catalogue(catalogue: Table, bands: Iterable[str]) -> Table: # with the same columns
     "The same catalogue with the house's types; other columns are shared, not copied."
     tidy = Table(catalogue, copy=False)
@@ -55,6 +55,7 @@ def tidy_catalogue(catalogue: Table, bands: Iterable[str]) -> Table: # with the 
     for name in required_columns(bands)[1:]: tidy[name] = _as_floats(tidy[name])
     for name in tidy.colnames:
         if tidy[name].dtype == np.float16: tidy[name] = tidy[name].astype(np.float32)
+        if tidy[name].dtype == bool and np.ma.is_masked(tidy[name]): tidy[name] = _as_floats(tidy[name])
     return tidy
 
 def _as_floats(values) -> np.ndarray:
@@ -62,12 +63,13 @@ def _as_floats(values) -> np.ndarray:
     if not np.ma.is_masked(values): return np.asarray(values, float)
     return np.ma.filled(np.ma.asarray(values).astype(float), np.nan)
 
-# %% ../nbs/00_catalogue.ipynb #5aaa4c43
+# %% ../nbs/00_catalogue.ipynb #8e36d3ae
 def known_names(names: Iterable[str],         # of somebody's columns
                 bands: Iterable[str] = BANDS  # names of the bands
                ) -> dict[str, str]:           # their name -> the house's name
     "The house's names for those columns that are simply called or spelt otherwise."
-    known = [("specObjID", "objid"), ("z", "z_spec"), ("zErr", "z_err"), ("zWarning", "z_warning")]
+    known = [("specObjID", "objid"), ("object_id", "objid"), ("z", "z_spec"), ("zErr", "z_err"),
+             ("zWarning", "z_warning")]
     for band in bands:
         known += [(f"dered_{band}", f"mag_{band}"), (f"extinction_{band}", f"ext_{band}"),
                   (f"modelMagErr_{band}", f"magerr_{band}"),
@@ -83,7 +85,7 @@ def known_names(names: Iterable[str],         # of somebody's columns
         if found and not taken: renamed[found] = ours
     return renamed
 
-# %% ../nbs/00_catalogue.ipynb #5b2b408e
+# %% ../nbs/00_catalogue.ipynb #50ea06af
 def _reddening(table: Table, where: str) -> np.ndarray:
     "E(B-V) of every row: from the catalogue, else from the map of Schlegel et al. (1998)."
     for name in ("ebv", "EBV", "E(B-V)"):
@@ -113,7 +115,7 @@ def _deredden(table: Table, bands, where: str):
         table[f"mag_{band}"] = (_above(-99, table[f"modelMag_{band}"])
                                 - _above(-99, table[f"ext_{band}"]))
 
-# %% ../nbs/00_catalogue.ipynb #a4ef9371
+# %% ../nbs/00_catalogue.ipynb #f4352858
 def as_table(catalogue,                    # `Table`, record array, DataFrame or dict
              where: str = "the catalogue"  # what to call it in an error
             ) -> Table:                    # whose columns are shared, where that can be
@@ -137,6 +139,8 @@ def house_catalogue(catalogue,                    # `Table`, record array, DataF
     if len(table) != n: raise InputError(
         f"{where} has {len(table):,} rows for {n:,} stamps; give one row for each stamp.")
     for name, ours in known_names(table.colnames, bands).items(): table.rename_column(name, ours)
+    for name in {"ra", "dec"} & set(table.colnames):
+        table[name] = in_degrees(table[name], f"{name!r} of {where}")
     _deredden(table, bands, where)
     filled = [name for name in required_columns(bands) if name not in table.colnames]
     for name in filled: table[name] = np.arange(n) if name == "objid" else np.full(n, np.nan)
@@ -145,7 +149,17 @@ def house_catalogue(catalogue,                    # `Table`, record array, DataF
     for name, floor in floors.items(): table[name] = _above(floor, _numbers(table, name, where))
     return table, filled
 
-# %% ../nbs/00_catalogue.ipynb #d18a5f38
+# %% ../nbs/00_catalogue.ipynb #4d591a87
+def in_degrees(angles, # a column
+               what: str # what to call it in an error
+              ):       # a column, or an array if the column said that it is in another unit
+    "Angles in degrees, which they are in if the column does not say its unit."
+    unit = getattr(angles, "unit", None)
+    if unit in (None, u.deg): return angles
+    try: return _as_floats(angles)*unit.to(u.deg)
+    except (u.UnitConversionError, TypeError, ValueError) as error: raise InputError(
+        f"the column {what} is in {unit}, which is no angle; give degrees.") from error
+
 def _above(floor, values) -> np.ndarray:
     "`values` as floats, NaN where they are masked or not above `floor`."
     values = _as_floats(values)
@@ -161,14 +175,22 @@ def _numbers(table: Table, name: str, where: str):
 
 def _whole_numbers(values, where) -> np.ndarray:
     "`values` as int64, from whole numbers of any type or from their digits."
-    if values.dtype.kind in "iu": return np.asarray(values).astype(np.int64)
+    if values.dtype.kind == "f":
+        large = np.asarray(values)[np.isfinite(values) & (np.abs(values) > 2**53)]
+        if (large % 1024).any(): raise InputError(
+            f"the column 'objid' of {where} has numbers above 2^53 as {values.dtype}, which loses "
+            "their last digits; write them as int64 or as text.")
+    if values.dtype.kind == "i": return np.asarray(values).astype(np.int64)
     try:
         if not all(float(value).is_integer() for value in values): raise ValueError
         return np.array([int(value) for value in values], np.int64)
-    except (ValueError, TypeError, OverflowError) as error: raise InputError(
+    except OverflowError as error: raise InputError(
+        f"the column 'objid' of {where} has numbers of 2^63 and above, more than an int64 holds; "
+        "number these galaxies otherwise.") from error
+    except (ValueError, TypeError) as error: raise InputError(
         f"the column 'objid' of {where} must be whole numbers, one for every row.") from error
 
-# %% ../nbs/00_catalogue.ipynb #1cbccd96
+# %% ../nbs/00_catalogue.ipynb #d4da2a11
 def matching_rows(catalogue: Table,
                   condition: str,              # such as `z_spec <= 0.4 and mag_r < 17.8`
                   names: dict|None = None,     # other names that may be used -> the column's name
@@ -205,7 +227,7 @@ def matching_rows(catalogue: Table,
         f"no galaxy of {where} meets the condition {condition!r}; ask for less.")
     return rows
 
-# %% ../nbs/00_catalogue.ipynb #17de1cb8
+# %% ../nbs/00_catalogue.ipynb #bae691dd
 def duplicates(catalogue: Table,   # with `objid`, and `ra` and `dec` where they are known
                radius: float = 1.  # closer than this is the same galaxy, arcsec
               ) -> np.ndarray:     # (N,) number of the galaxy, the same for all its rows
@@ -226,7 +248,7 @@ def duplicates(catalogue: Table,   # with `objid`, and `ra` and `dec` where they
     graph = coo_array((np.ones(len(rows), bool), (rows, others)), shape=(n, n))
     return connected_components(graph, directed=False)[1]
 
-# %% ../nbs/00_catalogue.ipynb #720235e8
+# %% ../nbs/00_catalogue.ipynb #67186162
 EXPERIMENT_1 = {"unlabelled": 0.8, "watch": 0.1, "train": 0.07, "valid": 0.01, "test": 0.02}
 
 def _smallest_objid(catalogue: Table) -> np.ndarray: # (N,)

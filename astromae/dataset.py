@@ -6,7 +6,7 @@
 __all__ = ['centre_crop', 'table_bytes', 'check_destination', 'write_stamp_set', 'StampSet', 'row_numbers', 'digest_rows',
            'SelectedImages', 'StampSource', 'write_source', 'import_arrays']
 
-# %% ../nbs/03_dataset.ipynb #735d6aa6
+# %% ../nbs/03_dataset.ipynb #ba51e22d
 import fcntl, hashlib, io, json, shutil, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +28,7 @@ from .catalogue import (as_table, check_catalogue, duplicates, house_catalogue,
 from .errors import InputError, from_os_error, replace, write_aside, write_json
 from .survey import BANDS, PIXEL_SCALE
 
-# %% ../nbs/03_dataset.ipynb #73cbe81f
+# %% ../nbs/03_dataset.ipynb #a96996c4
 def _as_stored(images,           # (k, B, H, W) stamps as they come
                shape: tuple,     # what (B, H, W) must be
                dtype: np.dtype,  # of the pixels on disk
@@ -52,7 +52,7 @@ def _as_stored(images,           # (k, B, H, W) stamps as they come
         f"in {images.dtype}, and so have {len(bad) - 1} more of these {len(images)}; mend these "
         "stamps or leave them out.")
 
-# %% ../nbs/03_dataset.ipynb #c3ef3e7e
+# %% ../nbs/03_dataset.ipynb #8f1b1fe8
 def centre_crop(images,    # (..., H, W) tensor or array
                 size: int  # side of the crop, pixels
                ):          # (..., size, size), a view; the galaxy's pixel is (size//2, size//2)
@@ -64,7 +64,7 @@ def centre_crop(images,    # (..., H, W) tensor or array
     y, x = height//2 - size//2, width//2 - size//2
     return images[..., y:y + size, x:x + size]
 
-# %% ../nbs/03_dataset.ipynb #abdd0ee3
+# %% ../nbs/03_dataset.ipynb #8f165489
 class _HashedFile:
     "A file whose bytes are written, and added to its SHA-256, while the next ones are made."
     def __init__(self, path, sha256=None, journal=None):
@@ -104,7 +104,7 @@ class _HashedFile:
             digest = digest.result()
             if self.journal: print(end, digest, file=self.journal, flush=True)
 
-# %% ../nbs/03_dataset.ipynb #dfd5a98b
+# %% ../nbs/03_dataset.ipynb #039e4774
 def _npy_header(shape: tuple, dtype: np.dtype) -> bytes:
     "How a `.npy` of C-ordered numbers begins."
     header = io.BytesIO()
@@ -129,7 +129,7 @@ def _write_blocks(file: _HashedFile, blocks, shape, dtype, row: int, progress: b
         f"{row:,} stamps came where {n:,} were announced; announce what comes, at least one.")
     return file.sha256.hexdigest()
 
-# %% ../nbs/03_dataset.ipynb #2a856e7d
+# %% ../nbs/03_dataset.ipynb #3dc5a96d
 def _write_catalogue(path, catalogue: Table, rows: np.ndarray, bands) -> str:
     "Write rows of the catalogue as a FITS table; return its SHA-256."
     catalogue = tidy_catalogue(catalogue, bands)
@@ -168,7 +168,7 @@ def _finish(folder: Path, catalogue: Table, rows: np.ndarray, sha256: str, **des
     write_json(folder/"description.json",
                description | {"n": len(rows), "galaxies": galaxies, "checksums": sums})
 
-# %% ../nbs/03_dataset.ipynb #b7289c1c
+# %% ../nbs/03_dataset.ipynb #67790154
 def check_destination(folder: Path,    # where a stamp set is to be
                       overwrite: bool): # may it replace one that is there?
     "Refuse a destination that holds something which may not be replaced."
@@ -194,7 +194,39 @@ def _with_objid(chunks, tables: list, bands) -> Iterator:
         tables.append(table)
         yield images, table["objid"]
 
-# %% ../nbs/03_dataset.ipynb #becdbf31
+# %% ../nbs/03_dataset.ipynb #30764c10
+@contextmanager
+def _unfinished(folder: Path, keep: bool):
+    "Lock and yield the hidden folder beside `folder`; it stays after an interruption if `keep`."
+    part = folder.with_name(f".{folder.name}.unfinished")
+    busy = InputError(f"another process is writing {folder}; wait for it or choose another name.")
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        with open(part/"lock", "a") as lock:
+            try: fcntl.flock(lock, fcntl.LOCK_EX|fcntl.LOCK_NB)
+            except BlockingIOError: raise busy from None
+            except OSError: pass # a file system without locks
+            if not (part/"lock").exists(): raise busy # it finished between the two lines above
+            try: yield part
+            except BaseException as error:
+                useless = isinstance(error, InputError) or not keep
+                if useless: shutil.rmtree(part, ignore_errors=True)
+                raise
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        sentence = from_os_error(error, f"writing {folder}").sentence
+        if part.exists(): sentence = (f"{sentence[:-1]}, and ask again: it goes on from what is "
+                                      f"whole in {part}.")
+        raise InputError(sentence) from error
+
+def _empty(part: Path):
+    "Remove what an earlier process has left in a hidden folder, and make its `set` anew."
+    for path in part.iterdir():
+        if path.is_dir(): shutil.rmtree(path)
+        elif path.name != "lock": path.unlink()
+    (part/"set").mkdir()
+
+# %% ../nbs/03_dataset.ipynb #0f6f6a51
 def write_stamp_set(
     folder,                         # where the set is to be
     chunks: Iterable,               # pairs of images (k, B, H, W) and `Table` of k rows
@@ -212,8 +244,9 @@ def write_stamp_set(
     check_destination(folder, overwrite)
     tables = []
     blocks = _with_objid(chunks, tables, bands)
-    with write_aside(folder) as new:
-        new.mkdir()
+    with _unfinished(folder, keep=False) as part:
+        _empty(part)
+        new = part/"set"
         first = list(islice(blocks, 1))
         shape = (n, len(bands), *(np.shape(first[0][0])[2:] if first else ()))
         with _HashedFile(new/"images.npy") as file:
@@ -223,9 +256,10 @@ def write_stamp_set(
         _finish(new, catalogue, np.arange(n), sha256, bands=bands, unit=unit, origin=origin,
                 pixel_scale=float(pixel_scale), shape=shape, dtype=dtype.name, filled=[], names={})
         check_destination(folder, overwrite)
+        replace(new, folder)
     return StampSet.open(folder)
 
-# %% ../nbs/03_dataset.ipynb #fbf20e61
+# %% ../nbs/03_dataset.ipynb #f205ab63
 class StampSet:
     "Galaxy stamps and their catalogue in one folder; pixels stay on disk until they are asked for."
     def __init__(self,
@@ -249,7 +283,7 @@ class StampSet:
                 f"in {''.join(self.bands)}, {self.labelled.sum():,} with redshift, "
                 f"{self.images.dtype})")
 
-# %% ../nbs/03_dataset.ipynb #2669d0bc
+# %% ../nbs/03_dataset.ipynb #24083cf9
 @patch
 def magnitudes(self: StampSet) -> np.ndarray: # (N, B) float32, AB mag
     "Dereddened magnitudes in the order of the bands."
@@ -266,7 +300,7 @@ def labelled(self: StampSet) -> np.ndarray: # (N,) bool
     "True where a galaxy has a spectroscopic redshift."
     return np.isfinite(self.redshifts())
 
-# %% ../nbs/03_dataset.ipynb #82f97c23
+# %% ../nbs/03_dataset.ipynb #a727654d
 @contextmanager
 def _judging(path):
     "Say in one sentence whatever goes wrong when the file `path` of a stamp set is read."
@@ -305,7 +339,7 @@ def open(cls: StampSet, folder): # the folder of a stamp set
         check_catalogue(catalogue, description["bands"], folder/"catalogue.fits")
         return cls(folder, images, catalogue, description)
 
-# %% ../nbs/03_dataset.ipynb #ef0609a5
+# %% ../nbs/03_dataset.ipynb #a564145c
 def _sha256(path) -> str:
     "SHA-256 of a file, which `sha256sum` prints too."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
@@ -318,7 +352,7 @@ def verify(self: StampSet) -> StampSet: # the set itself
             if _sha256(self.folder/name) != sha256: raise ValueError("its checksum is another")
     return self
 
-# %% ../nbs/03_dataset.ipynb #ad21782a
+# %% ../nbs/03_dataset.ipynb #cd193b23
 def row_numbers(rows,         # row numbers, a mask of n, or None for all
                 n: int        # number of rows there are
                ) -> np.ndarray: # (k,) row numbers
@@ -336,7 +370,7 @@ def digest_rows(rows) -> str: # sixteen hexadecimal digits
     "A short fingerprint of an array of row numbers."
     return hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64)).hexdigest()[:16]
 
-# %% ../nbs/03_dataset.ipynb #09ce7447
+# %% ../nbs/03_dataset.ipynb #29c29158
 class SelectedImages:
     "Some rows of an array of stamps, which are read when they are asked for."
     def __init__(self,
@@ -374,7 +408,7 @@ def select(self: StampSet,
                     "selection": {"condition": condition, "rows": digest_rows(of_file)}}
     return StampSet(self.folder, SelectedImages(images, of_file), self.catalogue[rows], description)
 
-# %% ../nbs/03_dataset.ipynb #7dc925a1
+# %% ../nbs/03_dataset.ipynb #56e939f8
 @dataclass
 class StampSource:
     "Stamps that somebody else keeps: their catalogue, and their pixels block after block."
@@ -420,7 +454,7 @@ def _wanted(source: StampSource,
     if start != n: raise InputError(f"{source.origin} ends after {start:,} of its {n:,} stamps, or "
                                     "is longer than it says; fetch or write it again.")
 
-# %% ../nbs/03_dataset.ipynb #6777eeff
+# %% ../nbs/03_dataset.ipynb #c8d06781
 def _whole_part(images: Path, journal: Path) -> tuple: # its length, and SHA-256 up to there
     "Cut an unfinished file and its journal to what is whole."
     end, good, lines, sha256 = 0, hashlib.sha256(), [], hashlib.sha256()
@@ -444,39 +478,11 @@ def _pick_up(part: Path, plan: dict) -> tuple: # length of what is there, SHA-25
     plan = json.dumps(plan, default=str)
     if old == plan and json.loads(plan)["fingerprint"]:
         return _whole_part(part/"set"/"images.npy", part/"journal")
-    for path in (part/"set", part/"journal"):
-        if path.is_dir(): shutil.rmtree(path)
-        else: path.unlink(missing_ok=True)
-    (part/"set").mkdir()
+    _empty(part)
     with write_aside(part/"plan.json") as new: new.write_text(plan)
     return 0, hashlib.sha256()
 
-# %% ../nbs/03_dataset.ipynb #48e0863d
-@contextmanager
-def _unfinished(folder: Path, keep: bool):
-    "Lock and yield the hidden folder beside `folder`; it stays after an interruption if `keep`."
-    part = folder.with_name(f".{folder.name}.unfinished")
-    busy = InputError(f"another import is writing {folder}; wait for it or choose another name.")
-    try:
-        part.mkdir(parents=True, exist_ok=True)
-        with open(part/"lock", "a") as lock:
-            try: fcntl.flock(lock, fcntl.LOCK_EX|fcntl.LOCK_NB)
-            except BlockingIOError: raise busy from None
-            except OSError: pass # a file system without locks
-            if not (part/"lock").exists(): raise busy # it finished between the two lines above
-            try: yield part
-            except BaseException as error:
-                useless = isinstance(error, InputError) or not keep
-                if useless: shutil.rmtree(part, ignore_errors=True)
-                raise
-            shutil.rmtree(part, ignore_errors=True)
-    except OSError as error:
-        sentence = from_os_error(error, f"writing {folder}").sentence
-        if part.exists(): sentence = (f"{sentence[:-1]}, and ask again: it goes on from what is "
-                                      f"whole in {part}.")
-        raise InputError(sentence) from error
-
-# %% ../nbs/03_dataset.ipynb #64cb39ab
+# %% ../nbs/03_dataset.ipynb #cdd5b035
 def write_source(source: StampSource,     # what a reader found
                  folder,                  # where the set is to be
                  dtype: str = "float32",  # of the pixels on disk, or `float16`
@@ -512,7 +518,7 @@ def write_source(source: StampSource,     # what a reader found
         replace(part/"set", folder)
     return StampSet.open(folder)
 
-# %% ../nbs/03_dataset.ipynb #451dc267
+# %% ../nbs/03_dataset.ipynb #f91908f6
 def import_arrays(cube,                          # (N, H, W, B) stamps, or (N, B, H, W)
                   catalogue,                     # `Table`, record array, DataFrame or dict
                   folder,                        # where the set is to be

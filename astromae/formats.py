@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['read_hdf5', 'read_fits', 'read_pt', 'open_source', 'import_stamps', 'export_hdf5', 'export_fits']
 
-# %% ../nbs/06_formats.ipynb #c3e090a0
-import math, re, zipfile
+# %% ../nbs/06_formats.ipynb #30ab8dfd
+import hashlib, math, re, zipfile
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -24,9 +24,9 @@ from .dataset import StampSet, StampSource, table_bytes, write_source
 from .errors import InputError, write_aside
 from .sources import (band_axis, band_names, bands_of_columns, check_pixels, choose,
                               describe_source, fingerprint, fits_table, given_catalogue, open_fits,
-                              read_npy, read_npz, reading, rows_per_block)
+                              read_npy, read_npz, reading, refuse_repeated, rows_per_block)
 
-# %% ../nbs/06_formats.ipynb #47b25148
+# %% ../nbs/06_formats.ipynb #3afd427c
 _CUBE = "cube of stamps with four axes"
 _STAMPS = ("image_array", "images", "image", "cube", "stamps")
 
@@ -48,7 +48,7 @@ def _hdf5_values(data) -> np.ndarray:
     if h5py.check_string_dtype(data.dtype) is not None: return np.asarray(data.asstr()[:], str)
     return data[:]
 
-# %% ../nbs/06_formats.ipynb #455176f8
+# %% ../nbs/06_formats.ipynb #1aee3149
 def _hdf5_table(stamps, catalogue: str|None) -> Table:
     "The columns that lie beside the stamps: datasets, or one dataset of records."
     import h5py
@@ -61,14 +61,16 @@ def _hdf5_table(stamps, catalogue: str|None) -> Table:
         aside = name in ("image_band", "image_scale") or data == stamps
         if not isinstance(data, h5py.Dataset) or aside or len(data.shape or ()) not in (1, 2):
             continue
-        if len(data) == n and data.dtype.names: table = Table(data[:])
-        elif len(data) == n: table[name] = _hdf5_values(data)
+        if len(data) == n:
+            columns = Table(data[:]) if data.dtype.names else Table({name: _hdf5_values(data)})
+            refuse_repeated([*table.colnames, *columns.colnames], where)
+            for column in columns.itercols(): table[column.name] = column
         elif data.ndim == 1 and len(data) not in stamps.shape: raise InputError(
             f"{name!r} in {where} has {len(data):,} rows for {n:,} stamps; give one row for each "
             "stamp.")
     return table if len(table) else Table({"row": np.arange(n)})
 
-# %% ../nbs/06_formats.ipynb #c888c6cc
+# %% ../nbs/06_formats.ipynb #79f2b9b7
 _WORDS = {"object_id": "objid", "specz_redshift": "z_spec", "specz_redshift_err": "z_err",
           "Z": "z_spec", "ZERR": "z_err", "ZWARNING": "z_warning"}
 
@@ -87,7 +89,7 @@ def _house_columns(table: Table) -> Table: # with more columns
         table[ours] = values - np.asarray(table[f"a_{ours[-1]}"]) if reddened else values
     return table
 
-# %% ../nbs/06_formats.ipynb #51312672
+# %% ../nbs/06_formats.ipynb #ba7a3f49
 def _hdf5_said(stamps, names) -> dict: # bands, unit, pixel_scale, origin
     "What an HDF5 file says of its stamps."
     said = {"pixel_scale": 0.168} if "y_cmodel_mag" in names else {}
@@ -107,7 +109,7 @@ def _hdf5_said(stamps, names) -> dict: # bands, unit, pixel_scale, origin
     if "pixel_scale" in said: said["pixel_scale"] = round(float(np.mean(said["pixel_scale"])), 6)
     return said
 
-# %% ../nbs/06_formats.ipynb #577cdba4
+# %% ../nbs/06_formats.ipynb #fd6b332d
 def _blocks_of(data, row_bytes: int, first: int, chunk: int = 1) -> Iterator[np.ndarray]:
     "Rows of anything that takes slices, from row `first` on."
     step = rows_per_block(row_bytes, chunk)
@@ -137,7 +139,7 @@ def _hdf5_part(path: Path, images, catalogue) -> tuple: # dataset, shape, type, 
         table = _house_columns(_hdf5_table(stamps, catalogue)) if inside else Table()
         return stamps.name, stamps.shape, stamps.dtype, table, _hdf5_said(stamps, table.colnames)
 
-# %% ../nbs/06_formats.ipynb #8924c3e5
+# %% ../nbs/06_formats.ipynb #eb01c62e
 @delegates(describe_source)
 def read_hdf5(path,                    # an HDF5 file, or a folder of several
               images: str|None = None, # dataset with the stamps; None: find it
@@ -156,7 +158,8 @@ def read_hdf5(path,                    # an HDF5 file, or a folder of several
     table = vstack([one[3] for one in found]) if outside is None else outside
     parts = [(file, one[0], one[1][0]) for file, one in zip(files, found)]
     return describe_source(path, table, (sum(part[2] for part in parts), *shape[1:]), dtype,
-                   lambda first: _hdf5_blocks(parts, first), said, **kwargs)
+                   lambda first: _hdf5_blocks(parts, first), said,
+                   [(file.name, name) for file, name, _ in parts], **kwargs)
 
 def _files_in(folder: Path, *endings) -> list: # in the order of their names
     "All files below a folder with one of these endings."
@@ -165,7 +168,7 @@ def _files_in(folder: Path, *endings) -> list: # in the order of their names
         f"{folder} holds no file that ends with {', '.join(endings)}; check the path.")
     return files
 
-# %% ../nbs/06_formats.ipynb #5b3a97fb
+# %% ../nbs/06_formats.ipynb #694e5879
 def _fits_said(headers: list) -> dict: # bands, unit, pixel_scale, origin
     "What the headers of the stamps say: our words, BUNIT, FILTER, or a WCS."
     first, said = headers[0], {}
@@ -180,7 +183,7 @@ def _fits_said(headers: list) -> dict: # bands, unit, pixel_scale, origin
         if np.isfinite(degrees).all(): said["pixel_scale"] = round(3600*np.mean(degrees), 6)
     return said
 
-# %% ../nbs/06_formats.ipynb #6d8f8634
+# %% ../nbs/06_formats.ipynb #09d4bcca
 def _table_or_rows(units, catalogue: str|None, n: int, path) -> Table:
     "The catalogue in a FITS file; rows that are only numbered if there is no table at all."
     tables = any(isinstance(unit, fits.BinTableHDU) and not isinstance(unit, fits.CompImageHDU)
@@ -218,9 +221,9 @@ def read_fits(path,                    # a FITS file with a cube, or a folder wi
         said = _fits_said([units[k].header])
     row_bytes = math.prod(shape[1:])*last.dtype.itemsize
     return describe_source(path, table, shape, last.dtype,
-                   lambda first: _fits_blocks(path, k, shape, row_bytes, first), said, **kwargs)
+                   lambda first: _fits_blocks(path, k, shape, row_bytes, first), said, k, **kwargs)
 
-# %% ../nbs/06_formats.ipynb #4d27ca1a
+# %% ../nbs/06_formats.ipynb #6c6cee10
 _STRUCTURE = re.compile(r"SIMPLE|XTENSION|BITPIX|NAXIS\d*|EXTEND|[PG]COUNT|B(SCALE|ZERO|UNIT)|"
                         r"BANDS|PIXSCALE|SOURCE|CHECKSUM|DATASUM|COMMENT|HISTORY|DATE.*|WCS.*|"
                         r"FILTER|EXT\w+|C(TYPE|RPIX|RVAL|DELT|UNIT|ROTA)\d|(CD|PC)\d_\d|L..POLE|"
@@ -249,7 +252,7 @@ def _card_values(path: Path) -> dict: # column -> value
         cards |= {"ra": place.icrs.ra.deg, "dec": place.icrs.dec.deg}
     return {"file": path.name} | cards
 
-# %% ../nbs/06_formats.ipynb #db3f6de6
+# %% ../nbs/06_formats.ipynb #7e6400a3
 def _folder_table(folder: Path, catalogue) -> tuple[list, Table]: # files, and a row for each
     "The files of a folder and their catalogue, in one order."
     files = _files_in(folder, ".fits", ".fit", ".fits.gz", ".fits.fz", ".fits.bz2")
@@ -278,11 +281,13 @@ def _read_folder(folder: Path, catalogue, **kwargs) -> StampSource:
     files, table = _folder_table(folder, catalogue)
     stamp, headers, _ = _fits_stamp(files[0])
     with reading(files[0], "a whole FITS file"): said = _fits_said(headers)
+    order = "\n".join(str(file.relative_to(folder)) for file in files).encode()
     return describe_source(folder, table, (len(files), *stamp.shape), stamp.dtype,
-                   lambda first: _file_blocks(files, stamp.shape, first), said, **kwargs)
+                   lambda first: _file_blocks(files, stamp.shape, first), said,
+                   hashlib.sha256(order).hexdigest(), **kwargs)
 
-# %% ../nbs/06_formats.ipynb #8b129f7c
-def _pt_tensors(path: Path) -> list: # of tensors
+# %% ../nbs/06_formats.ipynb #2e602125
+def _pt_tensors(path: Path) -> list: # of names, or None, and tensors
     "The tensors in a `.pt` file; `InputError` if there is anything else in it."
     import torch
     from torch.utils.data import TensorDataset
@@ -293,14 +298,25 @@ def _pt_tensors(path: Path) -> list: # of tensors
             f"{path} is damaged or holds more than tensors, and is not opened since a pickle can "
             "run any program; save TensorDataset(images, magnitudes, redshift).") from error
     if isinstance(held, TensorDataset): held = held.tensors
-    held = list(held.values()) if isinstance(held, dict) else held
-    if not isinstance(held, (list, tuple)): held = [held]
-    if not all(isinstance(one, torch.Tensor) for one in held): raise InputError(
+    if not isinstance(held, dict):
+        held = enumerate(held if isinstance(held, (list, tuple)) else [held])
+    held = dict(held)
+    if not all(isinstance(one, torch.Tensor) for one in held.values()): raise InputError(
         f"{path} holds more than tensors; save TensorDataset(images, magnitudes, redshift).")
-    return [one.detach() if one.is_floating_point() and one.dtype is not torch.bfloat16
-            else one.detach().float() if one.is_floating_point() else one for one in held]
+    return [(name if isinstance(name, str) else None,
+             one.detach().float() if one.dtype is torch.bfloat16 else one.detach())
+            for name, one in held.items()]
 
-# %% ../nbs/06_formats.ipynb #450afa4b
+# %% ../nbs/06_formats.ipynb #4f458ec1
+def _pt_columns(path: Path, name: str|None, values: np.ndarray, n: int, bands) -> list:
+    "Names and values of the columns that a tensor of a `.pt` file holds."
+    if values.shape == (n, len(bands)) and len(bands) > 1:
+        return [(f"mag_{band}", column) for band, column in zip(bands, values.T)]
+    if values.size != n or len(values) != n: raise InputError(
+        f"{path} has a tensor of the shape {values.shape}, which is neither magnitudes nor "
+        f"redshifts of {n:,} stamps in {len(bands)} bands; check it.")
+    return [("z_spec" if name in (None, "redshift", "z") else name, values.reshape(-1))]
+
 @delegates(describe_source)
 def read_pt(path,               # a file that torch.save wrote
             catalogue = None,   # more columns: `Table` or file
@@ -308,8 +324,7 @@ def read_pt(path,               # a file that torch.save wrote
     "The stamps of a `TensorDataset` of images, magnitudes, redshift."
     path = Path(path)
     tensors = _pt_tensors(path)
-    images = [one for one in tensors if one.ndim == 4]
-    others = [one.numpy() for one in tensors if one.ndim != 4]
+    images = [one for _, one in tensors if one.ndim == 4]
     if len(images) != 1: raise InputError(
         f"{path} has {len(images)} tensors with four axes where one of stamps is wanted; check it.")
     shape, dtype = tuple(images[0].shape), np.dtype(str(images[0].dtype).removeprefix("torch."))
@@ -317,20 +332,17 @@ def read_pt(path,               # a file that torch.save wrote
     axis = band_axis(path, shape, len(said["bands"] or ()), kwargs.get("channels_last"))
     bands = said["bands"] or bands_of_columns([], shape[axis])
     table = given_catalogue(catalogue)
-    table = Table({"row": np.arange(shape[0])}) if table is None else table
-    for values in others:
-        if values.shape == (shape[0], len(bands)) and len(bands) > 1:
-            for band, column in zip(bands, values.T): table[f"mag_{band}"] = column
-        elif values.size == shape[0] == len(values): table["z_spec"] = values.reshape(-1)
-        else: raise InputError(
-            f"{path} has a tensor of the shape {values.shape}, which is neither magnitudes nor "
-            f"redshifts of {shape[0]:,} stamps in {shape[axis]} bands; check it.")
+    table = Table({"row": np.arange(shape[0])}) if table is None else Table(table, copy=False)
+    columns = [column for name, one in tensors if one.ndim != 4
+               for column in _pt_columns(path, name, one.numpy(), shape[0], bands)]
+    refuse_repeated((name for name, _ in columns), path)
+    for name, values in columns: table[name] = values
     step = rows_per_block(math.prod(shape[1:])*dtype.itemsize)
     def rows(first):
         for row in range(first, shape[0], step): yield images[0][row:row + step].numpy()
-    return describe_source(path, table, shape, dtype, rows, said, **kwargs)
+    return describe_source(path, table, shape, dtype, rows, said, path.name, **kwargs)
 
-# %% ../nbs/06_formats.ipynb #34086f56
+# %% ../nbs/06_formats.ipynb #65b172d6
 def _format(path: Path): # the reader
     "The reader for a file or a folder; `InputError` if there is none."
     if path.is_dir():
@@ -357,7 +369,7 @@ def _set_source(folder: Path) -> StampSource:
                        unit=stamps.unit, pixel_scale=stamps.pixel_scale, origin=stamps.origin,
                        fingerprint=fingerprint(folder))
 
-# %% ../nbs/06_formats.ipynb #2156c272
+# %% ../nbs/06_formats.ipynb #1404e6e3
 def open_source(path,                  # a file of any of these formats, or a folder
                 scratch = None,        # folder for a scratch file, if one is needed
                 **options              # as for its reader: `images`, `catalogue`, `bands`, ...
@@ -387,7 +399,7 @@ def import_stamps(path,                   # a file of any known format, or a fol
     return write_source(source, folder, dtype=dtype, crop=crop, where=where, overwrite=overwrite,
                         progress=progress)
 
-# %% ../nbs/06_formats.ipynb #01250117
+# %% ../nbs/06_formats.ipynb #662baeb8
 def _check_file(path: Path, overwrite: bool):
     "Refuse to replace what is there without being asked."
     if path.is_dir() or (path.exists() and not overwrite): raise InputError(
@@ -401,6 +413,13 @@ def _export_blocks(stamps: StampSet, progress: bool) -> Iterator[tuple[slice, np
             rows = slice(row, min(row + step, len(stamps)))
             yield rows, np.asarray(stamps.images[rows])
             bar.update(rows.stop - row)
+
+def _unmasked(column) -> np.ndarray:
+    "A column without a mask: NaN, or an empty text, where no value is known."
+    if not np.ma.is_masked(column): return np.asarray(column)
+    number = column.dtype.kind not in "US" and np.abs(np.ma.asarray(column, float)).max() < 2**53
+    values, nothing = (float, np.nan) if number else (str, "")
+    return np.ma.asarray(column).astype(values).filled(nothing)
 
 def export_hdf5(stamps: StampSet,        # what to write
                 path,                    # the file
@@ -417,7 +436,7 @@ def export_hdf5(stamps: StampSet,        # what to write
                                    compression=compression)
         for rows, images in _export_blocks(stamps, progress): data[rows] = images
         for name in stamps.catalogue.colnames:
-            values = np.ma.filled(stamps.catalogue[name])
+            values = _unmasked(stamps.catalogue[name])
             text = values.dtype.kind in "US"
             file.create_dataset(name, data=values.astype("S" if text else values.dtype))
         file.attrs.update(bands=list(stamps.bands), unit=stamps.unit, origin=stamps.origin,
@@ -431,7 +450,7 @@ def _writing(path):
     except (RuntimeError, ValueError) as error:
         raise OSError(" ".join(str(error).split())) from error
 
-# %% ../nbs/06_formats.ipynb #225d75d5
+# %% ../nbs/06_formats.ipynb #439bc442
 def export_fits(stamps: StampSet,        # what to write
                 path,                    # the file
                 overwrite: bool = False, # replace a file that is there?

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PLANS', 'NETWORKS', 'LEAST_TRAINING', 'MASK_RATIOS', 'PRETRAINING_EPOCHS', 'LABEL_FRACTIONS', 'STUDIES', 'Plan',
            'plan_named', 'rows_of_seeds', 'git_commit', 'environment', 'write_split', 'begin_run', 'pretrained_kinds',
-           'pretrain_encoders', 'wait_for', 'finetune_plan', 'run_networks', 'run_experiment', 'probe_columns',
+           'pretrain_encoders', 'wait_for', 'finetune_plan', 'probe_columns', 'run_networks', 'run_experiment',
            'curve_points', 'run_pretrainings', 'run_mask_ratio', 'change_pretraining', 'run_pretraining_epochs',
            'encoder_variants', 'run_encoder', 'some_labels', 'run_label_efficiency']
 
-# %% ../nbs/51_runs.ipynb #3e9f5d2b
+# %% ../nbs/51_runs.ipynb #c37c177d
 import json
 import platform
 import subprocess
@@ -38,7 +38,7 @@ from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
                                PretrainSettings, check_labels, claim_run, match_encoder,
                                pretrain, process_device, rank_and_world)
 
-# %% ../nbs/51_runs.ipynb #dbc9f7b9
+# %% ../nbs/51_runs.ipynb #adccaa45
 @dataclass(frozen=True)
 class Plan:
     "What is pretrained, fine-tuned and compared; the defaults are the paper's experiment 1."
@@ -63,7 +63,7 @@ class Plan:
             f"the seeds are {', '.join(map(str, self.seeds))}; choose numbers from 0 to "
             f"{2**32 - 1}.")
 
-# %% ../nbs/51_runs.ipynb #212e3f20
+# %% ../nbs/51_runs.ipynb #1aa3b98c
 PLANS = {
     "paper": Plan(),
     "gpu-hour": Plan(
@@ -77,7 +77,7 @@ PLANS = {
         finetuning=replace(FINETUNE_PRESETS["demo"], epochs=25, cycle=25, rate=1e-3,
                            batch_size=32))}
 
-# %% ../nbs/51_runs.ipynb #3c296b50
+# %% ../nbs/51_runs.ipynb #b6311338
 NETWORKS = {**dict.fromkeys(EXPERIMENTS, tuple(ARCHITECTURES)),
             "2": ("pcm-AstroMAE", "Henghes et al."),
             **dict.fromkeys(("mask-ratio", "pretraining-epochs", "encoder"), ("pcm-ViT",)),
@@ -99,7 +99,7 @@ def plan_named(name: str = "1",       # one of `NETWORKS`: an experiment or a st
                    networks=tuple(networks) or NETWORKS[name],
                    seeds=tuple(seeds) or PLANS[preset].seeds)
 
-# %% ../nbs/51_runs.ipynb #d676a1db
+# %% ../nbs/51_runs.ipynb #8b4cc522
 LEAST_TRAINING = 50
 
 def rows_of_seeds(stamps: StampSet, plan: Plan) -> dict: # seed -> rows, see `split_rows`
@@ -112,7 +112,7 @@ def rows_of_seeds(stamps: StampSet, plan: Plan) -> dict: # seed -> rows, see `sp
             f"train on in experiment {plan.experiment}; take a set that leaves {LEAST_TRAINING}.")
     return rows
 
-# %% ../nbs/51_runs.ipynb #f0c5b31e
+# %% ../nbs/51_runs.ipynb #27bf5c9d
 def git_commit(folder: Path) -> str: # forty hexadecimal digits, or unknown
     "The commit that last changed a folder."
     try: said = subprocess.run(["git", "-C", folder, "log", "-1", "--format=%H", "--", "."],
@@ -129,7 +129,7 @@ def environment(device=None) -> dict: # name -> version, or what it is
             "machine": platform.platform(), "device": str(device),
             "processes": rank_and_world()[1], "threads": torch.get_num_threads()}
 
-# %% ../nbs/51_runs.ipynb #67b57cd0
+# %% ../nbs/51_runs.ipynb #ed7d134f
 def write_split(file: Path, stamps: StampSet, experiment: str, seed: int):
     "Write which part every row of the set is in."
     parts = split(stamps.catalogue, experiment_named(experiment).fractions, seed)
@@ -155,7 +155,7 @@ def begin_run(folder: Path, stamps: StampSet, plan: Plan, device,
         if not (file := folder/f"seed-{seed}"/"split.fits").exists():
             write_split(file, stamps, plan.experiment, seed)
 
-# %% ../nbs/51_runs.ipynb #e0180919
+# %% ../nbs/51_runs.ipynb #e9f8b421
 def pretrained_kinds(networks: tuple) -> list: # of plain and pcm
     "The kinds of encoder that these networks want pretrained."
     wanted = [architecture(name) for name in networks]
@@ -169,7 +169,7 @@ def pretrain_encoders(folder: Path, stamps: StampSet, rows: dict, plan: Plan, se
                            replace(plan.pretraining, seed=seed), **where)
             for kind in pretrained_kinds(plan.networks)}
 
-# %% ../nbs/51_runs.ipynb #6631200c
+# %% ../nbs/51_runs.ipynb #120d0119
 def wait_for(file: Path, seconds: float = 0.5):
     "Return when a file is there; look again after some seconds."
     while not file.exists(): time.sleep(seconds)
@@ -186,6 +186,20 @@ def finetune_plan(folder: Path,       # each network gets a folder in it
                              {kind: trained.folder for kind, trained in autoencoders.items()},
                              **where)
 
+def probe_columns(stamps: StampSet, train: np.ndarray, test: np.ndarray, networks: dict,
+                  seed: int, device) -> dict: # name -> function that gives redshifts
+    "What each kind of frozen encoder in some trained networks knows, see `prediction_columns`."
+    frozen = {one.model.config.encoder: one for one in networks.values() if one.model.config.frozen}
+    @cache
+    def embedded(kind):
+        return [embed((frozen[kind].model, frozen[kind].preprocessing), stamps, rows=rows,
+                      device=device) for rows in (train, test)]
+    def by_probe(probe, kind):
+        known, asked = embedded(kind)
+        return probe(known, stamps.redshifts()[train], asked, seed=seed)
+    return {f"{kind} {name}": partial(by_probe, probe, kind)
+            for kind in sorted({*frozen} - {"none"}) for name, probe in PROBES.items()}
+
 def run_networks(folder: Path,       # networks, predictions and metrics go there
                  stamps: StampSet,
                  rows: dict,         # from `split_rows`
@@ -195,23 +209,25 @@ def run_networks(folder: Path,       # networks, predictions and metrics go ther
                  autoencoders: dict, # from `pretrain_encoders`
                  where: dict,        # device, in_memory, progress
                  methods: tuple = (), # on magnitudes, that stand beside the networks
-                 probes: dict = {}   # more columns, see `prediction_columns`
+                 probed: np.ndarray|None = None # rows whose labels the probes get; None: no probes
                 ) -> list:           # one dictionary of metrics per column
-    "Fine-tune networks, predict the test part, and score."
+    "Fine-tune networks, predict the test part, and score; probes come first."
     if (folder/"metrics.json").exists(): return json.loads((folder/"metrics.json").read_text())
     networks = finetune_plan(folder/"networks", stamps, rows, plan, names, seed, autoencoders,
                              where)
     if rank_distrib():
         wait_for(folder/"metrics.json")
         return json.loads((folder/"metrics.json").read_text())
-    columns = probes | prediction_columns(stamps, rows, networks, plan.views, seed,
-                                          where["device"], where["progress"], methods)
+    columns = {} if probed is None else probe_columns(stamps, probed, rows["test"], networks, seed,
+                                                      where["device"])
+    columns |= prediction_columns(stamps, rows, networks, plan.views, seed, where["device"],
+                                  where["progress"], methods)
     scores = score(predict_test_part(folder/"predictions.fits", stamps, rows["test"], columns),
                    columns)
     write_json(folder/"metrics.json", scores)
     return scores
 
-# %% ../nbs/51_runs.ipynb #09566c6d
+# %% ../nbs/51_runs.ipynb #6030add2
 def run_experiment(stamps: StampSet,          # labelled where the experiment wants it
                    folder,                    # of the run; goes on where it stopped
                    plan: Plan = Plan(),
@@ -230,25 +246,12 @@ def run_experiment(stamps: StampSet,          # labelled where the experiment wa
                      magnitude_methods(stamps))
     return folder
 
-# %% ../nbs/51_runs.ipynb #f5c91d48
-def probe_columns(stamps: StampSet, train: np.ndarray, test: np.ndarray, autoencoders: dict,
-                  seed: int, device) -> dict: # name -> function that gives redshifts
-    "What the frozen embedding of each autoencoder knows, see `prediction_columns`."
-    @cache
-    def embedded(kind):
-        return [embed(autoencoders[kind], stamps, rows=rows, device=device)
-                for rows in (train, test)]
-    def by_probe(probe, kind):
-        known, asked = embedded(kind)
-        return probe(known, stamps.redshifts()[train], asked, seed=seed)
-    return {f"{kind} {name}": partial(by_probe, probe, kind)
-            for kind in autoencoders for name, probe in PROBES.items()}
-
+# %% ../nbs/51_runs.ipynb #2c454c46
 def curve_points(variant: str, x: float, scores: list, **more) -> list: # one per score
     "The scores of one variant as points of a curve."
     return [{"variant": variant, "x": x, **more, **score} for score in scores]
 
-# %% ../nbs/51_runs.ipynb #a1d66e25
+# %% ../nbs/51_runs.ipynb #bdee8f30
 def run_pretrainings(stamps: StampSet, folder, study: str,
                      plan: Plan,      # of all
                      plans: dict,     # value of the study -> plan
@@ -266,14 +269,13 @@ def run_pretrainings(stamps: StampSet, folder, study: str,
             variant = f"{study.split('-')[0]}-{value}".replace(" ", "-")
             first = homes.setdefault((changed.autoencoder, changed.pretraining), home/variant)
             trained = pretrain_encoders(first, stamps, rows, changed, seed, where)
-            probes = probe_columns(stamps, rows["train"], rows["test"], trained, seed, device)
             scores = run_networks(home/variant, stamps, rows, changed, plan.networks, seed, trained,
-                                  where, probes=probes)
+                                  where, probed=rows["train"])
             curve += curve_points(variant, value, scores)
             if not rank_distrib(): write_json(home/"curve.json", curve)
     return folder
 
-# %% ../nbs/51_runs.ipynb #e14f8ff3
+# %% ../nbs/51_runs.ipynb #79428005
 MASK_RATIOS = (0.25, 0.5, 0.6, 0.75, 0.9)
 
 def run_mask_ratio(stamps: StampSet,
@@ -289,7 +291,7 @@ def run_mask_ratio(stamps: StampSet,
              for ratio in ratios}
     return run_pretrainings(stamps, folder, "mask-ratio", plan, plans, device, progress, in_memory)
 
-# %% ../nbs/51_runs.ipynb #0f68d291
+# %% ../nbs/51_runs.ipynb #cfe25bb5
 def change_pretraining(plan: Plan, **settings) -> Plan:
     "The plan with some settings of pretraining otherwise."
     return replace(plan, pretraining=replace(plan.pretraining, **settings))
@@ -310,7 +312,7 @@ def run_pretraining_epochs(stamps: StampSet,
     return run_pretrainings(stamps, folder, "pretraining-epochs", plan, plans, device, progress,
                             in_memory)
 
-# %% ../nbs/51_runs.ipynb #abc3f76a
+# %% ../nbs/51_runs.ipynb #ea33ef0d
 def encoder_variants(plan: Plan) -> dict: # name -> plan
     "The plan, and plans that each do one thing otherwise."
     model, first, second = plan.autoencoder, plan.pretraining, plan.finetuning
@@ -339,12 +341,12 @@ def run_encoder(stamps: StampSet,
     return run_pretrainings(stamps, folder, "encoder", plan, encoder_variants(plan), device,
                             progress, in_memory)
 
-# %% ../nbs/51_runs.ipynb #28375ce3
+# %% ../nbs/51_runs.ipynb #a9d7d651
 def some_labels(stamps: StampSet, train: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     "The training rows of a fraction of the galaxies; a larger fraction has them too."
     return train[split(stamps.catalogue[train], {"labels": fraction}, seed)["labels"]]
 
-# %% ../nbs/51_runs.ipynb #7d846bf7
+# %% ../nbs/51_runs.ipynb #ac2d20a1
 LABEL_FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.)
 
 def run_label_efficiency(stamps: StampSet,
@@ -360,6 +362,10 @@ def run_label_efficiency(stamps: StampSet,
     rows_of = rows_of_seeds(stamps, plan)
     labelled = {(seed, fraction): some_labels(stamps, rows["train"], fraction, seed)
                 for seed, rows in rows_of.items() for fraction in fractions}
+    for (_, fraction), few in labelled.items():
+        if len(few) < 2: raise InputError(
+            f"{fraction:.3g} of the labels are those of {len(few)} of {stamps.folder}'s galaxies; "
+            "take larger fractions, or a larger set.")
     scratch = tuple(name for name in plan.networks if not pretrained_kinds((name,)))
     groups = {"pretrained": tuple(name for name in plan.networks if name not in scratch),
               "scratch": scratch}
@@ -370,17 +376,16 @@ def run_label_efficiency(stamps: StampSet,
         for fraction in fractions:
             few = labelled[seed, fraction]
             shown = {**rows, "train": np.resize(few, len(rows["train"]))}
-            probes = probe_columns(stamps, few, rows["test"],
-                                   trained if len(few) >= LEAST_TRAINING else {}, seed, device)
             for group, names in groups.items():
                 if not names: continue
                 variant = f"labels-{fraction:g}-{group}"
+                probed = few if group == "pretrained" and len(few) >= LEAST_TRAINING else None
                 scores = run_networks(home/variant, stamps, shown, plan, names, seed, trained,
-                                      where, probes=probes if group == "pretrained" else {})
+                                      where, probed=probed)
                 curve += curve_points(variant, fraction, scores, labels=len(few))
             if not rank_distrib(): write_json(home/"curve.json", curve)
     return folder
 
-# %% ../nbs/51_runs.ipynb #9563c8ee
+# %% ../nbs/51_runs.ipynb #c5f5d2e3
 STUDIES = {"mask-ratio": run_mask_ratio, "pretraining-epochs": run_pretraining_epochs,
            "encoder": run_encoder, "label-efficiency": run_label_efficiency}

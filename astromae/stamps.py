@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['FLAGS', 'look_like_radians', 'cut_stamps', 'assign_fields', 'cut_fields']
 
-# %% ../nbs/01_stamps.ipynb #32c109d1
-import tempfile
+# %% ../nbs/01_stamps.ipynb #e0537a1a
+import math, os, tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import sep
-from astropy.table import Table, vstack
+from astropy.table import Table
 from joblib import Parallel, delayed
 from scipy import ndimage
 from tqdm.auto import tqdm
@@ -22,7 +22,7 @@ from .errors import InputError
 from .frames import Field, field_sources, find_fields, read_field
 from .survey import BANDS, PIXEL_SCALE, find_frame
 
-# %% ../nbs/01_stamps.ipynb #37a2136d
+# %% ../nbs/01_stamps.ipynb #be850322
 def _local_maps(field: Field, k: int, # band
                 x, y,                 # (N,) pixels of the reference band
                 size: int             # of the stamp
@@ -41,7 +41,7 @@ def _local_maps(field: Field, k: int, # band
     centre = np.stack([py[:, 0], px[:, 0]], -1)
     return matrix, centre - matrix.sum(-1)*(size//2)
 
-# %% ../nbs/01_stamps.ipynb #2201cac0
+# %% ../nbs/01_stamps.ipynb #3d56564d
 def _resample(image, bad, saturated, maps, size, order):
     "Stamps of one band, and for each: beyond the edge, without value, saturated."
     spline = image if order == 1 else ndimage.spline_filter(image, order, output=np.float32,
@@ -63,7 +63,7 @@ def _resample(image, bad, saturated, maps, size, order):
     stamps *= np.abs(np.linalg.det(matrices)).astype(np.float32)[:, None, None]
     return stamps, found
 
-# %% ../nbs/01_stamps.ipynb #33c37e03
+# %% ../nbs/01_stamps.ipynb #424c3293
 FLAGS = tuple(f"flag_{name}" for name in ("edge", "missing", "saturated", "neighbour", "band"))
 
 def _bright_neighbour(field: Field, x, y, size: int, ratio: float) -> np.ndarray: # (N,) bool
@@ -80,7 +80,7 @@ def _bright_neighbour(field: Field, x, y, size: int, ratio: float) -> np.ndarray
         answer[n] = (flux >= ratio*mine).any()
     return answer
 
-# %% ../nbs/01_stamps.ipynb #e6f35b4c
+# %% ../nbs/01_stamps.ipynb #b0e22e25
 def _check_positions(ra, dec, rows) -> tuple[np.ndarray, np.ndarray]:
     "Right ascensions in [0, 360) and declinations, or one sentence about the first bad row."
     try: ra, dec = (np.ma.filled(np.ma.asarray(v).astype(float), np.nan).ravel() for v in (ra, dec))
@@ -115,7 +115,7 @@ def _pixels(field: Field, ra, dec) -> np.ndarray: # (2, N), NaN more than a degr
     if near.any(): pixel[:, near] = wcs.all_world2pix(ra[near], dec[near], 0, quiet=True)
     return pixel
 
-# %% ../nbs/01_stamps.ipynb #a938705d
+# %% ../nbs/01_stamps.ipynb #c235041c
 def cut_stamps(field: Field,         # frames, from `read_field`
                ra, dec,              # (N,) degrees, ICRS
                size: int = 64,       # pixels of 0.396 arcsec
@@ -147,7 +147,7 @@ def cut_stamps(field: Field,         # frames, from `read_field`
     np.nan_to_num(images, copy=False, nan=0)
     return images, _finish_flags(flags, on_bad, rows, field.name)
 
-# %% ../nbs/01_stamps.ipynb #1491d506
+# %% ../nbs/01_stamps.ipynb #0ff1a7b2
 def _cut_bands(field: Field, images, flags, x, y, inside, order, threads):
     "Fill the images of the positions that lie inside, band by band."
     flags["flag_edge"], flags["flag_missing"] = ~inside, ~inside
@@ -174,7 +174,7 @@ def _finish_flags(flags: Table, on_bad: str, rows, name: str) -> Table:
                          "leave it out, or choose on_bad='flag'.")
     return flags
 
-# %% ../nbs/01_stamps.ipynb #a1e77956
+# %% ../nbs/01_stamps.ipynb #d2d4f0d1
 def assign_fields(ra, dec,      # (N,) degrees
                   fields: dict  # from `find_fields`
                  ) -> tuple[list, np.ndarray]: # the fields, and for each position its place or -1
@@ -189,31 +189,38 @@ def assign_fields(ra, dec,      # (N,) degrees
         best = np.maximum(best, margin)
     return places, answer
 
-# %% ../nbs/01_stamps.ipynb #a9cc918f
+# %% ../nbs/01_stamps.ipynb #2d5ea57e
 def _in_order(chunks: Iterable, # of (rows, images, Table)
               n: int,           # rows in all
               scratch=None      # folder of the temporary file
              ) -> Iterator[tuple[np.ndarray, Table]]: # (images, Table)
     "Chunks in the order of their rows, whatever the order in which they come."
-    waiting, tables, next_row, arrived = None, {}, 0, np.zeros(n, bool)
+    waiting, next_row, held = None, 0, 0
+    place = np.full(n, -1) # of each row in the file; -1: not there
     with tempfile.TemporaryFile(dir=scratch) as file:
         for rows, images, table in chunks:
             if rows[0] == next_row and rows[-1] == next_row + len(rows) - 1:
                 next_row += len(rows)
                 yield images, table
             else:
-                if waiting is None: waiting = np.memmap(file, np.float32, "w+",
-                                                        shape=(n, *images.shape[1:]))
-                waiting[rows], arrived[rows] = images, True
-                tables.update({int(row): table[k:k + 1] for k, row in enumerate(rows)})
-            while next_row < n and arrived[next_row]:
+                if waiting is None: waiting = table[np.zeros(n, int)]
+                for name in table.colnames: waiting[name][rows] = table[name]
+                file.write(np.ascontiguousarray(images, np.float32))
+                file.flush()
+                place[rows], held = held + np.arange(len(rows)), held + len(rows)
+            while next_row < n and place[next_row] >= 0:
                 stop = next_row + 1
-                while stop < min(n, next_row + 512) and arrived[stop]: stop += 1
-                yield waiting[next_row:stop], vstack([tables.pop(k)
-                                                      for k in range(next_row, stop)])
-                next_row = stop
+                while stop < min(n, next_row + 512) and place[stop] >= 0: stop += 1
+                now, next_row = slice(next_row, stop), stop
+                yield _stamps_at(file, place[now], images.shape[1:]), waiting[now]
 
-# %% ../nbs/01_stamps.ipynb #004bc140
+def _stamps_at(file, places, shape: tuple) -> np.ndarray: # (k, *shape) float32
+    "Stamps from a file that has one behind the other."
+    size = 4*math.prod(shape)
+    stamps = [os.pread(file.fileno(), size, int(place)*size) for place in places]
+    return np.frombuffer(b"".join(stamps), np.float32).reshape(-1, *shape)
+
+# %% ../nbs/01_stamps.ipynb #1afd3d78
 def _empty_stamps(rows, n_bands: int, size: int, why: tuple, on_bad: str, name: str) -> tuple:
     "Stamps without a pixel and their flags, or an error, where a field shows nothing of them."
     images = np.zeros((len(rows), n_bands, size, size), np.float32)
@@ -233,7 +240,7 @@ def _cut_group(folder, place, rows, ra, dec, bands, size, on_bad, astrometry, re
         if on_bad == "refuse": raise
         return rows, *_empty_stamps(*empty, ("flag_edge", "flag_missing"), on_bad, field.name)
 
-# %% ../nbs/01_stamps.ipynb #24e3cf3b
+# %% ../nbs/01_stamps.ipynb #ce45f536
 def _groups(catalogue: Table, folder, ra, dec, bands):
     "The fields of a catalogue in the order of their first rows: [(place, rows)]."
     if {"run", "camcol", "field"} <= set(catalogue.colnames):
@@ -254,7 +261,7 @@ def _groups(catalogue: Table, folder, ra, dec, bands):
     for row, place in enumerate(places): groups.setdefault(place, []).append(row)
     return [(place, np.array(rows)) for place, rows in groups.items()]
 
-# %% ../nbs/01_stamps.ipynb #f801ab1b
+# %% ../nbs/01_stamps.ipynb #f45f6849
 def cut_fields(catalogue: Table,            # with `ra` and `dec`; `run camcol field` if known
                folder,                      # holds the frames
                size: int = 64,              # pixels on a side
@@ -288,7 +295,7 @@ def cut_fields(catalogue: Table,            # with `ra` and `dec`; `run camcol f
                         catalogue, places)
     return _in_order(chunks, len(catalogue), scratch)
 
-# %% ../nbs/01_stamps.ipynb #14200002
+# %% ../nbs/01_stamps.ipynb #5c9f1699
 def _with_rows(results, catalogue: Table, places: dict):
     "Join flags to the catalogue's rows, and the field where the catalogue does not say it."
     for rows, images, flags in results:

@@ -24,8 +24,10 @@ def test_from_a_cube_to_redshifts(astromae, tmp_path):
     labels = Table({"objID": table["objid"], "ra": table["ra"], "dec": table["dec"], "z": table["z_spec"],
                     **{f"dered_{band}": table[f"mag_{band}"] for band in BANDS}}).as_array()
     np.savez(tmp_path/"sdss.npz", cube=np.moveaxis(images, 1, -1), labels=labels)
-    assert astromae("import", tmp_path/"sdss.npz", tmp_path/"stamps", "--dtype", "float16")[:2] == (
+    words = ("import", tmp_path/"sdss.npz", tmp_path/"stamps", "--dtype", "float16", "--origin", "SDSS, a cube")
+    assert astromae(*words)[:2] == (
         0, f"100 stamps of 48 x 48 pixels in ugriz, 100 with redshift, float16: {tmp_path/'stamps'}\n")
+    assert json.loads((tmp_path/"stamps"/"description.json").read_text())["origin"] == "SDSS, a cube"
     common = "--preset demo --experiment accuracy --device cpu --in-memory".split()
     pretrain = ["pretrain", tmp_path/"stamps", tmp_path/"pre", "--epochs", 3, "--batch-size", 32, *common]
     code, out, err = astromae(*pretrain)

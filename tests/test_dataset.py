@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from astropy.table import Table
+from astropy import units as u
+from astropy.table import QTable, Table
 
 from astromae.catalogue import (EXPERIMENT_1, check_catalogue, duplicates, house_catalogue, known_names,
                                 matching_rows, required_columns, split)
@@ -552,6 +553,30 @@ def test_advice_on_conditions():
     for condition in ("column_0 <", "column_0*2"): refused("z_spec <= 0.4", matching_rows, few, condition)
 
 
+@pytest.mark.parametrize("objid, message", [
+    (np.array([1237648720693756218, 1237648720693756290]).astype(float), "loses their last digits"),
+    (np.array([10000*2**50 + 5, 1], np.uint64), "more than an int64 holds"),
+    (np.array([str(10000*2**50 + 5), "1"]), "more than an int64 holds"),
+    (np.array([1.5, 2]), "whole numbers, one for every row"), (np.array([np.inf, 2]), "whole numbers"),
+])
+def test_an_identifier_is_kept_or_refused(objid, message):
+    refused(message, house_catalogue, {"objid": objid}, 2)
+
+
+@pytest.mark.parametrize("objid", [
+    np.array([3, 4], np.uint64), np.array([300*2**50 + 1024., 2.]), np.array([b"1237648720693755918", b"7"])])
+def test_identifiers_of_any_type(objid):
+    got = house_catalogue({"object_id": objid}, 2)[0]["objid"]
+    assert got.dtype == np.int64 and got.tolist() == [int(one) for one in objid]
+
+
+def test_positions_are_brought_into_degrees(tmp_path):
+    hours = QTable({"ra": [10., 12.]*u.hourangle, "dec": [600., 60.]*u.arcmin})
+    got = house_catalogue(hours, 2)[0]
+    assert got["ra"].tolist() == pytest.approx([150, 180]) and got["dec"].tolist() == pytest.approx([10, 1])
+    refused("which is no angle", house_catalogue, QTable({"ra": [1., 2.]*u.mag}), 2)
+
+
 @pytest.mark.parametrize("settings, message", [
     ({"crop": 9}, "8 x 8 pixels are smaller"), ({"crop": 0}, "8 x 8 pixels are smaller"),
     ({"where": "mag_r <"}, "cannot be understood"), ({"where": "mag_rr < 3"}, "'mag_rr', which is no column"),
@@ -600,8 +625,8 @@ def test_it_goes_on_after_kills_and_two_at_once_are_refused(tmp_path):
         running = importing(tmp_path/"set", 0.05)
         wait_for_lines(journal, goal)
         if goal == 30:
-            refused("another import is writing", write_source, source()[0], tmp_path/"set")
-            refused("another import is writing", write_source, source()[0], tmp_path/"set", overwrite=True)
+            refused("another process is writing", write_source, source()[0], tmp_path/"set")
+            refused("another process is writing", write_source, source()[0], tmp_path/"set", overwrite=True)
         running.send_signal(signal.SIGKILL)
         firsts.append(int(running.communicate()[0]))
     with open(tmp_path/".set.unfinished"/"set"/"images.npy", "ab") as file: file.write(b"half a bl")
@@ -612,6 +637,25 @@ def test_it_goes_on_after_kills_and_two_at_once_are_refused(tmp_path):
     assert firsts[0] == 100 and 180 <= firsts[1] < firsts[2] and firsts[2] >= 380
     assert all(first % 10 == 0 for first in firsts)
     np.testing.assert_array_equal(StampSet.open(tmp_path/"set").verify().images, source(1000)[1][100:])
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+KILLED = """
+import os, signal, sys
+from test_dataset import *
+def chunks():
+    yield some(10)
+    os.kill(os.getpid(), signal.SIGKILL)
+write_stamp_set(Path(sys.argv[1]), chunks(), 20)
+"""
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path):
+    for _ in range(2):
+        killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path/"set"], cwd=Path(__file__).parent)
+        assert killed.returncode == -signal.SIGKILL
+        assert [path.name for path in tmp_path.iterdir()] == [".set.unfinished"]
+    assert len(write_stamp_set(tmp_path/"set", [some(20)], 20).verify()) == 20
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
@@ -697,7 +741,7 @@ def test_what_came_meanwhile_is_not_replaced(tmp_path):
     made.blocks = interrupt(made, 99).blocks
     whole = made.blocks
     def blocks(first):
-        write_stamp_set(tmp_path/"set", [some(10)], 10)
+        write_stamp_set(tmp_path/"other", [some(10)], 10).folder.rename(tmp_path/"set")
         return whole(first)
     made.blocks = blocks
     refused("there already", write_source, made, tmp_path/"set")

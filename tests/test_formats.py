@@ -178,6 +178,18 @@ def test_tensors_of_the_authors(tmp_path, kind, zipped):
         np.testing.assert_array_equal(source.catalogue["z_spec"], redshift[:, 0])
 
 
+def test_a_further_tensor_takes_nobodys_place(tmp_path):
+    images, (first, second) = torch.zeros(6, 5, 8, 8), torch.arange(12.).reshape(2, 6)
+    magnitudes = torch.full((6, 5), 18.)
+    torch.save({"images": images, "redshift": first, "ebv": second, "magnitudes": magnitudes}, tmp_path/"a.pt")
+    catalogue = open_source(tmp_path/"a.pt").catalogue
+    assert catalogue["z_spec"].tolist() == first.tolist() and catalogue["ebv"].tolist() == second.tolist()
+    torch.save([images, first, second], tmp_path/"b.pt")
+    refused("several columns called 'z_spec'", open_source, tmp_path/"b.pt")
+    torch.save({"images": images, "magnitudes": magnitudes, "errors": magnitudes/100}, tmp_path/"c.pt")
+    refused("several columns called 'mag_u'", open_source, tmp_path/"c.pt")
+
+
 def test_a_selection_is_exported(tmp_path):
     images, table = some(20)
     part = write_stamp_set(tmp_path/"set", [(images, table)], 20).select(np.array([2, 3, 11]))
@@ -239,6 +251,70 @@ def test_records_and_groups_in_hdf5(tmp_path):
     assert source.catalogue.colnames == table.colnames
     assert (source.bands, source.pixel_scale, source.unit) == (tuple("gri"), 0.26, "nJy")
     assert read_hdf5(tmp_path/"a.h5").catalogue.colnames == ["row"]
+
+
+def test_records_beside_single_columns_in_hdf5(tmp_path):
+    images, table = some(6)
+    with h5py.File(tmp_path/"a.h5", "w") as file:
+        file["images"], file["dec"], file["ra"] = images, table["dec"], table["ra"]
+        file["labels"] = table["objid", "z_spec"].as_array()
+    source = read_hdf5(tmp_path/"a.h5")
+    for name in ("ra", "dec", "objid", "z_spec"): np.testing.assert_array_equal(source.catalogue[name], table[name])
+    with h5py.File(tmp_path/"a.h5", "a") as file: file["z_spec"] = table["z_spec"]
+    refused("several columns called 'z_spec'", read_hdf5, tmp_path/"a.h5")
+
+
+@pytest.mark.parametrize("first, second", [("clean", "noisy"), ("noisy", "clean")])
+def test_other_stamps_of_the_same_file_are_another_source(tmp_path, first, second):
+    "What was imported of one array of a file is not taken for the beginning of another."
+    cubes = {"clean": np.ones((600, 5, 32, 32), np.float32), "noisy": np.full((600, 5, 32, 32), 2, np.float32)}
+    np.savez(tmp_path/"two.npz", labels=some(600)[1].as_array(), **cubes)
+    with h5py.File(tmp_path/"two.h5", "w") as file: file.update(cubes)
+    for name in ("two.npz", "two.h5"):
+        with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("astromae.sources._BLOCK", 200*5*32*32*4)
+            patch.setattr("astromae.dataset._finish", interrupt)
+            import_stamps(tmp_path/name, tmp_path/name[-3:], images=first)
+        assert (tmp_path/f".{name[-3:]}.unfinished"/"set"/"images.npy").stat().st_size > 10**7
+        got = import_stamps(tmp_path/name, tmp_path/name[-3:], images=second)
+        assert np.unique(got.images).tolist() == [cubes[second].flat[0]]
+
+
+def interrupt(*_, **__): raise KeyboardInterrupt
+
+
+def test_other_files_of_the_same_folder_are_another_source(tmp_path):
+    (tmp_path/"stamps").mkdir()
+    for k in range(6): fits.writeto(tmp_path/"stamps"/f"{k}.fits", np.full((5, 8, 8), k, np.float32))
+    names = np.array([f"{k}.fits" for k in range(6)])
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("astromae.dataset._finish", interrupt)
+        import_stamps(tmp_path/"stamps", tmp_path/"set", catalogue=Table({"file": names}))
+    got = import_stamps(tmp_path/"stamps", tmp_path/"set", catalogue=Table({"file": names[::-1]}))
+    assert got.images[:, 0, 0, 0].tolist() == [5, 4, 3, 2, 1, 0]
+
+
+def test_values_that_are_not_known_stay_unknown(tmp_path):
+    "Masked whole numbers, booleans and texts come back as unknown, from FITS and from HDF5."
+    images, table = some(12_000, size=4)
+    unknown = np.arange(12_000) > 11_000 # in the last block that is written, not in the first
+    table["plate"] = np.ma.array(np.arange(12_000), mask=unknown)
+    table["large"] = np.ma.array(np.full(12_000, 2**60 + 1), mask=unknown)
+    table["clean"] = np.ma.array(np.ones(12_000, bool), mask=unknown)
+    table["name"] = np.ma.array(np.full(12_000, "M31"), mask=unknown)
+    stamps = write_stamp_set(tmp_path/"set", [(images, table)], 12_000)
+    export_hdf5(stamps, tmp_path/"a.h5")
+    export_fits(stamps, tmp_path/"a.fits")
+    known = {"plate": np.arange(12_000), "large": np.full(12_000, 2**60 + 1), "clean": np.ones(12_000),
+             "name": np.full(12_000, "M31")}
+    for again in (stamps, import_stamps(tmp_path/"a.h5", tmp_path/"h5"), import_stamps(tmp_path/"a.fits", tmp_path/"fits")):
+        for name, truth in known.items():
+            column = again.catalogue[name]
+            lost = np.ma.getmaskarray(np.ma.asarray(column)).copy()
+            if column.dtype.kind == "f": lost |= np.isnan(np.ma.filled(np.ma.asarray(column), np.nan))
+            if column.dtype.kind == "U": lost |= np.ma.filled(np.ma.asarray(column), "") == ""
+            np.testing.assert_array_equal(lost, unknown, err_msg=f"{name} of {again}")
+            assert (np.asarray(column)[~unknown].astype(truth.dtype) == truth[~unknown]).all(), name
 
 
 def test_galaxies_ml_becomes_a_labelled_set(tmp_path):

@@ -229,8 +229,8 @@ def test_an_import_that_is_killed_and_two_at_once(refused, tmp_path, tmp_path_fa
     wait_for(lambda: journal.exists() and len(journal.read_text().splitlines()) > 1, first)
     first.send_signal(signal.SIGSTOP)
     os.waitpid(first.pid, os.WUNTRACED)  # stopped
-    refused("another import is writing", *words)
-    refused("another import is writing", *words, "--overwrite")
+    refused("another process is writing", *words)
+    refused("another process is writing", *words, "--overwrite")
     kill(first)
     assert not out.exists() and journal.exists()
     second = start(*words)

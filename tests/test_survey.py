@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import requests
 from archive import MOODS, Archive, SkyServer, archive_path, invented_sky, serving, small_frame
+from astropy import units as u
 from astropy.coordinates import SkyCoord
-from astropy.table import Table
+from astropy.table import QTable, Table
 from astroquery.exceptions import RemoteServiceError
 from astroquery.sdss import SDSS
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -139,7 +140,7 @@ def test_without_a_server_it_stops_early_and_says_so(archive, tmp_path):
 
 
 KILLED = """
-from astropy.table import Table
+from astropy.table import QTable, Table
 import sys
 from astromae.{module} import {function}
 {call}
@@ -323,6 +324,10 @@ def test_regions(sky, tmp_path):
     box = query(sky, tmp_path/"box.fits", region=(300, 60, 0, 40))
     inside = ((PAPER["ra"] >= 300) | (PAPER["ra"] < 60)) & PAPER["dec"].between(0, 40)
     assert list(box["objid"]) == list(PAPER["objID"][inside]) and len(box) > 10
+    for k, same in enumerate([(-60, 60), (300, 420), (-60, 420), (660, 60)]):
+        again = query(sky, tmp_path/f"same-{k}.fits", region=(*same, 0, 40))
+        everywhere = PAPER["dec"].between(0, 40) if k == 2 else inside
+        assert list(again["objid"]) == list(PAPER["objID"][everywhere])
     circle = query(sky, tmp_path/"circle.fits", region=(180, 20, 40))
     places, centre = SkyCoord(PAPER["ra"], PAPER["dec"], unit="deg"), SkyCoord(180, 20, unit="deg")
     near = (places.separation(centre).deg <= 40) & (PAPER["mode"] == 1)
@@ -333,6 +338,15 @@ def test_regions(sky, tmp_path):
 def test_chunks_change_nothing(sky, tmp_path, chunk, limit):
     found = query(sky, tmp_path/"paper.fits", chunk=chunk, limit=limit)
     assert list(found["objid"]) == list(PAPER["objID"][:limit])
+
+
+def test_lists_of_positions_of_any_kind(sky, tmp_path):
+    primary = PHOTOMETRY[PHOTOMETRY["mode"] == 1][:20]
+    frame = primary[["dec", "ra"]].reset_index(drop=True)
+    hours = QTable({"ra": (frame["ra"].to_numpy()*u.deg).to(u.hourangle), "dec": frame["dec"].to_numpy()*u.deg})
+    for k, positions in enumerate((frame, frame.to_dict("list"), frame.to_records(index=False), hours)):
+        found = query(sky, tmp_path/f"{k}.fits", positions=positions)
+        assert list(found["objid"]) == list(primary["objID"])
 
 
 def test_positions_keep_their_order(sky, tmp_path):
