@@ -6,7 +6,7 @@
 __all__ = ['EXPERIMENT_1', 'required_columns', 'check_catalogue', 'tidy_catalogue', 'known_names', 'as_table', 'house_catalogue',
            'in_degrees', 'matching_rows', 'duplicates', 'split']
 
-# %% ../nbs/00_catalogue.ipynb #8733229d
+# %% ../nbs/00_catalogue.ipynb #3999d241
 import difflib, re
 from collections import Counter
 from typing import Iterable
@@ -22,7 +22,7 @@ from scipy.sparse.csgraph import connected_components
 from .errors import InputError
 from .survey import BANDS, EXTINCTION_PER_EBV
 
-# %% ../nbs/00_catalogue.ipynb #7c78364f
+# %% ../nbs/00_catalogue.ipynb #03a05959
 def required_columns(bands: Iterable[str] = BANDS # names of the bands
                     ) -> list[str]:               # names of the columns
     "The columns without which a catalogue is refused."
@@ -46,7 +46,7 @@ def check_catalogue(catalogue: Table, bands: Iterable[str], # names of the bands
     if catalogue["objid"].dtype.kind not in "iu" or np.ma.is_masked(catalogue["objid"]):
         raise InputError(f"the column 'objid' of {where} must be whole numbers, one for every row.")
 
-# %% ../nbs/00_catalogue.ipynb #4d1a069c
+# %% ../nbs/00_catalogue.ipynb #8d1bf6fa
 def tidy_catalogue(catalogue: Table, bands: Iterable[str]) -> Table: # with the same columns
     "The same catalogue with the house's types; other columns are shared, not copied."
     tidy = Table(catalogue, copy=False)
@@ -55,7 +55,8 @@ def tidy_catalogue(catalogue: Table, bands: Iterable[str]) -> Table: # with the 
     for name in required_columns(bands)[1:]: tidy[name] = _as_floats(tidy[name])
     for name in tidy.colnames:
         if tidy[name].dtype == np.float16: tidy[name] = tidy[name].astype(np.float32)
-        if tidy[name].dtype == bool and np.ma.is_masked(tidy[name]): tidy[name] = _as_floats(tidy[name])
+        if tidy[name].dtype == bool and np.ma.is_masked(tidy[name]):
+            tidy[name] = _as_floats(tidy[name])
     return tidy
 
 def _as_floats(values) -> np.ndarray:
@@ -63,7 +64,7 @@ def _as_floats(values) -> np.ndarray:
     if not np.ma.is_masked(values): return np.asarray(values, float)
     return np.ma.filled(np.ma.asarray(values).astype(float), np.nan)
 
-# %% ../nbs/00_catalogue.ipynb #8e36d3ae
+# %% ../nbs/00_catalogue.ipynb #759fece4
 def known_names(names: Iterable[str],         # of somebody's columns
                 bands: Iterable[str] = BANDS  # names of the bands
                ) -> dict[str, str]:           # their name -> the house's name
@@ -85,7 +86,7 @@ def known_names(names: Iterable[str],         # of somebody's columns
         if found and not taken: renamed[found] = ours
     return renamed
 
-# %% ../nbs/00_catalogue.ipynb #50ea06af
+# %% ../nbs/00_catalogue.ipynb #dd9c03e2
 def _reddening(table: Table, where: str) -> np.ndarray:
     "E(B-V) of every row: from the catalogue, else from the map of Schlegel et al. (1998)."
     for name in ("ebv", "EBV", "E(B-V)"):
@@ -115,7 +116,7 @@ def _deredden(table: Table, bands, where: str):
         table[f"mag_{band}"] = (_above(-99, table[f"modelMag_{band}"])
                                 - _above(-99, table[f"ext_{band}"]))
 
-# %% ../nbs/00_catalogue.ipynb #f4352858
+# %% ../nbs/00_catalogue.ipynb #73945bf3
 def as_table(catalogue,                    # `Table`, record array, DataFrame or dict
              where: str = "the catalogue"  # what to call it in an error
             ) -> Table:                    # whose columns are shared, where that can be
@@ -149,7 +150,7 @@ def house_catalogue(catalogue,                    # `Table`, record array, DataF
     for name, floor in floors.items(): table[name] = _above(floor, _numbers(table, name, where))
     return table, filled
 
-# %% ../nbs/00_catalogue.ipynb #4d591a87
+# %% ../nbs/00_catalogue.ipynb #c1082ec0
 def in_degrees(angles, # a column
                what: str # what to call it in an error
               ):       # a column, or an array if the column said that it is in another unit
@@ -190,7 +191,7 @@ def _whole_numbers(values, where) -> np.ndarray:
     except (ValueError, TypeError) as error: raise InputError(
         f"the column 'objid' of {where} must be whole numbers, one for every row.") from error
 
-# %% ../nbs/00_catalogue.ipynb #d4da2a11
+# %% ../nbs/00_catalogue.ipynb #277ff48f
 def matching_rows(catalogue: Table,
                   condition: str,              # such as `z_spec <= 0.4 and mag_r < 17.8`
                   names: dict|None = None,     # other names that may be used -> the column's name
@@ -227,7 +228,7 @@ def matching_rows(catalogue: Table,
         f"no galaxy of {where} meets the condition {condition!r}; ask for less.")
     return rows
 
-# %% ../nbs/00_catalogue.ipynb #bae691dd
+# %% ../nbs/00_catalogue.ipynb #07bcab61
 def duplicates(catalogue: Table,   # with `objid`, and `ra` and `dec` where they are known
                radius: float = 1.  # closer than this is the same galaxy, arcsec
               ) -> np.ndarray:     # (N,) number of the galaxy, the same for all its rows
@@ -248,7 +249,7 @@ def duplicates(catalogue: Table,   # with `objid`, and `ra` and `dec` where they
     graph = coo_array((np.ones(len(rows), bool), (rows, others)), shape=(n, n))
     return connected_components(graph, directed=False)[1]
 
-# %% ../nbs/00_catalogue.ipynb #67186162
+# %% ../nbs/00_catalogue.ipynb #36e37170
 EXPERIMENT_1 = {"unlabelled": 0.8, "watch": 0.1, "train": 0.07, "valid": 0.01, "test": 0.02}
 
 def _smallest_objid(catalogue: Table) -> np.ndarray: # (N,)

@@ -8,7 +8,7 @@ __all__ = ['app', 'Device', 'Seed', 'Preset', 'ExperimentName', 'Epochs', 'Batch
            'export_verb', 'pretrain_verb', 'finetune_verb', 'experiment_verb', 'report_verb', 'predict_verb',
            'demo_verb', 'bench_verb', 'main']
 
-# %% ../nbs/90_cli.ipynb #32f7dfb1
+# %% ../nbs/90_cli.ipynb #6b5935ba
 import sys, warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,14 +19,14 @@ import typer
 
 from .errors import InputError
 
-# %% ../nbs/90_cli.ipynb #1c813035
+# %% ../nbs/90_cli.ipynb #56e06b0f
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   rich_markup_mode=None,
                   help="Photometric redshifts of galaxies from images, by masked autoencoding.")
 
 Device = Annotated[Optional[str], typer.Option(
     help="cpu, cuda, cuda:1, mps; default: a GPU if there is one")]
-Seed = Annotated[int, typer.Option(help="of everything random")]
+Seed = Annotated[int, typer.Option(min=0, help="of everything random")]
 Preset = Annotated[str, typer.Option(help="paper (its tables) or demo (minutes on two cores)")]
 ExperimentName = Annotated[str, typer.Option(
     "--experiment", help="who sees which galaxies: 1 or 2 (the paper), demo, accuracy")]
@@ -41,7 +41,7 @@ Server = Annotated[Optional[str], typer.Option(help="address; default: astroquer
 Release = Annotated[Optional[int], typer.Option(help="data release; default: astroquery's")]
 InMemory = Annotated[bool, typer.Option(help="keep the stamps in memory, on the device")]
 
-# %% ../nbs/90_cli.ipynb #4483dcfc
+# %% ../nbs/90_cli.ipynb #fbabbaaa
 def _preset(presets: dict, name: str, **overrides):
     "The settings of a preset, with the options that were given."
     if name not in presets:
@@ -67,7 +67,7 @@ def _held(stamps) -> str:
                          f"mag_{stamps.bands[-1]} to the catalogue: redshifts need them)")
     return f"{held}: {stamps.folder}"
 
-# %% ../nbs/90_cli.ipynb #03230021
+# %% ../nbs/90_cli.ipynb #1587ca03
 def _bands(text: str) -> list:
     "Names of bands from `ugriz` or `u,g,r,i,z`."
     names = [name.strip() for name in text.split(",")] if "," in text else list(text)
@@ -89,7 +89,7 @@ def _warnings_as_sentences():
         warnings.showwarning = lambda message, *_: print(f"astromae: {message}", file=sys.stderr)
         yield
 
-# %% ../nbs/90_cli.ipynb #b11f5f3f
+# %% ../nbs/90_cli.ipynb #e873af5c
 @app.command("simulate")
 def simulate_verb(
     out: Annotated[Path, typer.Argument(help="folder of the new stamp set")],
@@ -100,7 +100,7 @@ def simulate_verb(
     if out.exists(): raise InputError(f"{out} exists; choose another folder or remove it.")
     print(f"{len(render_stamps(out, galaxies, seed, progress=True))} stamps are in {out}")
 
-# %% ../nbs/90_cli.ipynb #7abce13e
+# %% ../nbs/90_cli.ipynb #908799d1
 @app.command("query")
 def query_verb(
     out: Annotated[Path, typer.Argument(help="FITS file of the new catalogue")],
@@ -138,7 +138,7 @@ def fetch_verb(
     if not summary.complete: raise InputError(
         f"{len(summary.failed)} frames are missing in {frames}; run the same command again.")
 
-# %% ../nbs/90_cli.ipynb #945ab144
+# %% ../nbs/90_cli.ipynb #f56e039d
 @app.command("cut")
 def cut_verb(
     frames: Annotated[Path, typer.Argument(help="folder of frames")],
@@ -162,7 +162,7 @@ def cut_verb(
     if catalogue is None:
         print("the dust of our galaxy is still in the magnitudes of galaxies that were found here")
 
-# %% ../nbs/90_cli.ipynb #1877184f
+# %% ../nbs/90_cli.ipynb #b7996e94
 @app.command("import")
 def import_verb(
     source: Annotated[Path, typer.Argument(
@@ -206,7 +206,7 @@ def export_verb(
     exporters[out.suffix.lower()](_open(stamps, where), out, overwrite=overwrite, progress=True)
     print(f"the stamps are in {out}")
 
-# %% ../nbs/90_cli.ipynb #2862fd38
+# %% ../nbs/90_cli.ipynb #c6a98f92
 @app.command("pretrain")
 def pretrain_verb(
     stamps: Annotated[Path, typer.Argument(help="folder of a stamp set")],
@@ -237,7 +237,7 @@ def pretrain_verb(
     if not rank_distrib():
         print(f"the autoencoder is in {trained.folder/'model'}, its losses in {out/'history.csv'}")
 
-# %% ../nbs/90_cli.ipynb #89f3635f
+# %% ../nbs/90_cli.ipynb #7e64e9c7
 @app.command("finetune")
 def finetune_verb(
     stamps: Annotated[Path, typer.Argument(help="folder of a stamp set")],
@@ -260,7 +260,7 @@ def finetune_verb(
                                 pretrained, device, in_memory)
     if scores: print(scores) # the first process has them
 
-# %% ../nbs/90_cli.ipynb #a141e914
+# %% ../nbs/90_cli.ipynb #d40ddb39
 @app.command("experiment")
 def experiment_verb(
     name: Annotated[str, typer.Argument(
@@ -291,7 +291,7 @@ def report_verb(
     from astromae.report import report
     print(f"the page is {report(run)}")
 
-# %% ../nbs/90_cli.ipynb #2a951110
+# %% ../nbs/90_cli.ipynb #309e50f4
 @app.command("predict")
 def predict_verb(
     model: Annotated[Path, typer.Argument(help="folder of a saved model")],
@@ -309,7 +309,7 @@ def predict_verb(
     write_predictions(predict(model, stamps, views=views, device=device, progress=True), out)
     print(f"the redshifts are in {out}")
 
-# %% ../nbs/90_cli.ipynb #29883b22
+# %% ../nbs/90_cli.ipynb #1218563b
 @app.command("demo")
 def demo_verb(
     out: Annotated[Path, typer.Argument(help="folder for everything that is made")] = Path("demo"),
@@ -324,13 +324,13 @@ def bench_verb(
     accuracy: Annotated[int, typer.Option(
         min=0, help="seeds to train with on 7,000 galaxies (hours); 0: speed only")] = 0,
     rates: Annotated[bool, typer.Option(
-        "--rates", help="how many images a second all trainings take, on a GPU; no speed")] = False):
+        "--rates", help="instead: how many images a second trainings take, on a GPU")] = False):
     "The measured figures of the documentation."
     from astromae.benchmarks import record_rates, run_benchmarks
     if rates: record_rates(out)
     if accuracy or not rates: run_benchmarks(out, accuracy)
 
-# %% ../nbs/90_cli.ipynb #e6636cf6
+# %% ../nbs/90_cli.ipynb #8df5ecb8
 def main():
     "The entry point of the command `astromae`."
     try: return app()

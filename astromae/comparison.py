@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['DEMO', 'ACCURACY', 'MAGNITUDE_METHODS', 'CLOSING', 'Comparison', 'render_stamps', 'folder_name', 'finetune_networks',
            'train_networks', 'magnitude_methods', 'predict_from_magnitudes', 'prediction_columns', 'predict_test_part',
-           'score_column', 'score', 'format_scores', 'judgement', 'paired_ratio', 'ratio_sentence', 'compare_two',
-           'verdict', 'save_figure', 'draw_reconstructions', 'draw_losses', 'draw_rates', 'draw_figures', 'compare',
-           'finetune_and_score', 'run_demo']
+           'score_column', 'is_finite', 'score', 'format_scores', 'judgement', 'paired_ratio', 'ratio_sentence',
+           'compare_two', 'verdict', 'save_figure', 'draw_reconstructions', 'draw_losses', 'draw_rates', 'draw_figures',
+           'compare', 'finetune_and_score', 'run_demo']
 
-# %% ../nbs/50_comparison.ipynb #6e7a481a
+# %% ../nbs/50_comparison.ipynb #adab439b
 import math
 import re
 from collections.abc import Iterable
@@ -39,10 +39,10 @@ from .simulate import packaged_catalogue, simulate
 from .survey import BANDS
 from .templates import template_fit
 from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
-                               PretrainSettings, Trained, claim_run, finetune, pretrain,
-                               schedule_of)
+                               PretrainSettings, Trained, check_labels, claim_run, finetune,
+                               pretrain, schedule_of)
 
-# %% ../nbs/50_comparison.ipynb #e4b6a091
+# %% ../nbs/50_comparison.ipynb #8dc33333
 @dataclass(frozen=True)
 class Comparison:
     "What is rendered, trained and compared."
@@ -57,7 +57,7 @@ class Comparison:
 
 DEMO = Comparison()
 
-# %% ../nbs/50_comparison.ipynb #1ed7f075
+# %% ../nbs/50_comparison.ipynb #9c534d55
 ACCURACY = Comparison(
     experiment="accuracy", networks=("pcm-AstroMAE", "Henghes et al."), views=8,
     autoencoder=MAEConfig(encoder="pcm", depth=4, decoder_depth=2),
@@ -66,7 +66,7 @@ ACCURACY = Comparison(
     finetuning=replace(FINETUNE_PRESETS["demo"], epochs=60, cycle=60, rate=1e-3, batch_size=32,
                        checkpoint_every=4))
 
-# %% ../nbs/50_comparison.ipynb #215ff77e
+# %% ../nbs/50_comparison.ipynb #990bc471
 def render_stamps(folder: Path, galaxies: int, seed: int, progress: bool) -> StampSet:
     "The packaged galaxies as a stamp set, rendered unless the folder has them already."
     if folder.exists(): return StampSet.open(folder)
@@ -78,7 +78,7 @@ def render_stamps(folder: Path, galaxies: int, seed: int, progress: bool) -> Sta
     return write_stamp_set(folder, chunks, len(catalogue), dtype="float16",
                            origin="SDSS redshifts and colours are real, the pixels simulated")
 
-# %% ../nbs/50_comparison.ipynb #64354afa
+# %% ../nbs/50_comparison.ipynb #af0bffe1
 def folder_name(name: str) -> str: # letters, digits and hyphens
     "The name of a network as the name of a folder."
     return re.sub(r"[^\w-]+", "-", name).strip("-")
@@ -114,7 +114,7 @@ def train_networks(folder: Path,        # of the comparison
                                           replace(settings.finetuning, seed=settings.seed),
                                           autoencoders, device, progress)
 
-# %% ../nbs/50_comparison.ipynb #a3eb38d8
+# %% ../nbs/50_comparison.ipynb #0d8188d4
 MAGNITUDE_METHODS = (*BASELINES, "template fit")
 
 def magnitude_methods(stamps: StampSet) -> tuple: # names
@@ -136,7 +136,7 @@ def predict_from_magnitudes(name: str,          # of `MAGNITUDE_METHODS`
     errors = np.stack([np.asarray(stamps.catalogue[column]) for column in columns], axis=1)
     return template_fit(*known, errors[train], errors[test], seed=seed)
 
-# %% ../nbs/50_comparison.ipynb #176fe2e7
+# %% ../nbs/50_comparison.ipynb #3d658592
 def prediction_columns(stamps: StampSet,
                        rows: dict,          # from `split_rows`
                        networks: dict,      # name -> trained network
@@ -169,12 +169,16 @@ def predict_test_part(file: Path,       # the table; what it has not yet is adde
         write_predictions(table, file)
     return table
 
-# %% ../nbs/50_comparison.ipynb #a782820e
+# %% ../nbs/50_comparison.ipynb #6c71b3c6
 def score_column(z_phot: np.ndarray, z_spec: np.ndarray) -> dict: # see `evaluate`
     "The metrics of a column of predictions; None for each if it is not finite."
     if np.isfinite(z_phot).all(): return evaluate(z_phot, z_spec)
     nothing = dict.fromkeys(METRICS)
     return {"n": len(z_spec), **nothing, "errors": nothing}
+
+def is_finite(table: Table, name: str) -> bool:
+    "Has the table a column of this name, with a finite number in every row?"
+    return name in table.colnames and np.isfinite(np.ma.filled(table[name], np.nan)).all()
 
 def score(table: Table, names: Iterable) -> list: # one dictionary per name
     "Every metric of every column of predictions, with bootstrap errors."
@@ -192,7 +196,7 @@ def format_scores(scores: list) -> str:
         lines.append(f"{row['name']:22}{row['n']:>6}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 
-# %% ../nbs/50_comparison.ipynb #5e0099f9
+# %% ../nbs/50_comparison.ipynb #bb7e7ef0
 def judgement(low: float, high: float # ends of the interval of a ratio of scatters
              ) -> str:
     "Is the first of two ahead?"
@@ -216,10 +220,12 @@ def compare_two(table: Table, a: str, b: str) -> str:
 def verdict(table: Table, networks: tuple) -> str:
     "The first network against the best method on magnitudes, and against the second network."
     z_spec = np.asarray(table["z_spec"])
+    if not is_finite(table, networks[0]): return f"{networks[0]} diverged; no verdict."
     mark = min(MAGNITUDE_METHODS, key=lambda name: sigma_mad(np.asarray(table[name]), z_spec))
-    return "\n".join(compare_two(table, networks[0], name) for name in (mark, *networks[1:2]))
+    return "\n".join(compare_two(table, networks[0], name) for name in (mark, *networks[1:2])
+                     if is_finite(table, name))
 
-# %% ../nbs/50_comparison.ipynb #a144d1fa
+# %% ../nbs/50_comparison.ipynb #6ba72d70
 def save_figure(figure: plt.Figure, file: Path):
     "Write a figure as PNG and close it."
     with write_aside(file) as new: figure.savefig(new, format="png", dpi=130, bbox_inches="tight")
@@ -244,7 +250,7 @@ def draw_reconstructions(autoencoder: Trained, stamps: StampSet, rows: np.ndarra
         restored = preprocessing.images.inverse(reconstruct(model, seen, noise))
     return plot_reconstructions(images, mask, restored, n=n, bands=bands)
 
-# %% ../nbs/50_comparison.ipynb #68c849d6
+# %% ../nbs/50_comparison.ipynb #e5b9686e
 def draw_losses(logs: dict) -> plt.Figure: # name -> what a run wrote down, see `plot_losses`
     "The losses of every run, two panels in a row."
     figure, axes = plt.subplots(math.ceil(len(logs)/2), 2, figsize=(9, 2.8*math.ceil(len(logs)/2)))
@@ -262,23 +268,23 @@ def draw_rates(pretraining: PretrainSettings, finetuning: FinetuneSettings) -> p
     figure.tight_layout()
     return figure
 
-# %% ../nbs/50_comparison.ipynb #67d7b0ac
+# %% ../nbs/50_comparison.ipynb #6efe4f59
 def draw_figures(folder: Path, stamps: StampSet, rows: dict, settings: Comparison,
                  autoencoder: Trained, networks: dict, predictions: Table):
     "Write every figure of a comparison into its folder."
     z_spec = predictions["z_spec"]
+    names = [name for name in (*networks, *magnitude_methods(stamps))
+             if is_finite(predictions, name)]
     figures = {f"scatter-{folder_name(name)}":
-               density_scatter(z_spec, predictions[name], name).figure
-               for name in [*networks, *magnitude_methods(stamps)]}
-    first = next(iter(networks))
-    figures["residuals"] = plot_residuals(z_spec, predictions[first]).figure
+               density_scatter(z_spec, predictions[name], name).figure for name in names}
+    figures["residuals"] = plot_residuals(z_spec, predictions[names[0]]).figure
     figures["reconstructions"] = draw_reconstructions(autoencoder, stamps, rows["test"])
     figures["learning-rates"] = draw_rates(settings.pretraining, settings.finetuning)
     runs = {"pretraining": autoencoder, **networks}
     figures["losses"] = draw_losses({name: run.history for name, run in runs.items()})
     for name, figure in figures.items(): save_figure(figure, folder/f"{name}.png")
 
-# %% ../nbs/50_comparison.ipynb #fe42314f
+# %% ../nbs/50_comparison.ipynb #2aec704f
 def compare(folder,                        # everything is written here; goes on where it stopped
             settings: Comparison = DEMO,
             stamps=None,                   # folder of a stamp set; None: rendered in it
@@ -297,11 +303,12 @@ def compare(folder,                        # everything is written here; goes on
     scores = score(predictions, columns)
     write_json(folder/"metrics.json", scores)
     draw_figures(folder, stamps, rows, settings, autoencoder, networks, predictions)
-    best = networks[settings.networks[0]]
-    if not (folder/"model").exists(): save_model(folder/"model", best.model, best.preprocessing)
+    best = next((run for name, run in networks.items() if is_finite(predictions, name)), None)
+    if best and not (folder/"model").exists():
+        save_model(folder/"model", best.model, best.preprocessing)
     return scores
 
-# %% ../nbs/50_comparison.ipynb #798b1ccb
+# %% ../nbs/50_comparison.ipynb #6bd07c2a
 def finetune_and_score(stamps: StampSet, folder, network: str, settings: FinetuneSettings,
                        experiment: str, pretrained=None, device: str|None = None,
                        in_memory: bool = False) -> str|None:
@@ -309,6 +316,8 @@ def finetune_and_score(stamps: StampSet, folder, network: str, settings: Finetun
     config = architecture(network)
     folder = Path(folder)
     rows = split_rows(stamps, experiment, settings.seed)
+    for part, name in (("train", "training"), ("valid", "validation"), ("test", "test")):
+        check_labels(stamps, rows[part], name)
     trained = finetune(stamps, rows["train"], rows["valid"], folder, config, settings,
                        pretrained, device, in_memory, title=network)
     if rank_distrib(): return None
@@ -316,11 +325,12 @@ def finetune_and_score(stamps: StampSet, folder, network: str, settings: Finetun
     scores = score(table, ["z_phot"])
     write_predictions(table, folder/"predictions.fits")
     write_json(folder/"metrics.json", scores)
-    figure = density_scatter(table["z_spec"], table["z_phot"], network).figure
-    save_figure(figure, folder/"scatter.png")
-    return f"{format_scores(scores)}\nThe model, its predictions and its figure are in {folder}"
+    if is_finite(table, "z_phot"):
+        figure = density_scatter(table["z_spec"], table["z_phot"], network).figure
+        save_figure(figure, folder/"scatter.png")
+    return f"{format_scores(scores)}\nThe model and what it predicts are in {folder}"
 
-# %% ../nbs/50_comparison.ipynb #9d5679d3
+# %% ../nbs/50_comparison.ipynb #b3c923cd
 CLOSING = """
 redshifts and colours are real SDSS, the pixels are simulated
 

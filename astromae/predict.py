@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'read_fits_stamps', 'as_stamps', 'square_views', 'predict', 'table_format', 'write_predictions', 'embed']
 
-# %% ../nbs/40_predict.ipynb #04a89d26
+# %% ../nbs/40_predict.ipynb #95477676
 import warnings
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from .errors import InputError, select_device, write_aside
 from .models import Preprocessing, check_bands, load_model
 from .survey import BANDS
 
-# %% ../nbs/40_predict.ipynb #e4b935f0
+# %% ../nbs/40_predict.ipynb #53bc8abb
 def read_fits_stamps(file,                         # its path
                      bands: tuple = BANDS          # names of the bands, in the images' order
                     ) -> tuple: # images (N, bands, H, W) float32, and the catalogue or None
@@ -41,7 +41,7 @@ def read_fits_stamps(file,                         # its path
     catalogue, filled = house_catalogue(table, len(images), bands, f"the table in {file}")
     return images, catalogue[[name for name in catalogue.colnames if name not in filled]]
 
-# %% ../nbs/40_predict.ipynb #1c2d8829
+# %% ../nbs/40_predict.ipynb #37a22db7
 def as_stamps(stamps, preprocessing: Preprocessing) -> tuple: # images, and the catalogue or None
     "Images and catalogue of a `StampSet`, the path of one, the path of a FITS file, or an array."
     if isinstance(stamps, (str, Path)):
@@ -52,7 +52,7 @@ def as_stamps(stamps, preprocessing: Preprocessing) -> tuple: # images, and the 
         return stamps.images, stamps.catalogue
     return stamps if isinstance(stamps, tuple) else (np.asarray(stamps), None)
 
-# %% ../nbs/40_predict.ipynb #1ba21fb4
+# %% ../nbs/40_predict.ipynb #331d4c1e
 def _magnitudes(catalogue: Table|None, bands: tuple) -> np.ndarray: # (N, bands) float32
     "The dereddened magnitudes that a catalogue gives."
     columns = [f"mag_{band}" for band in bands]
@@ -63,7 +63,7 @@ def _magnitudes(catalogue: Table|None, bands: tuple) -> np.ndarray: # (N, bands)
                          "array (N, bands).")
     return np.stack([np.asarray(catalogue[c], dtype=np.float32) for c in columns], axis=1)
 
-def _check_images(images: np.ndarray, preprocessing: Preprocessing):
+def _check_images(images: np.ndarray, preprocessing: Preprocessing, views: int = 1):
     "Refuse stamps that the model cannot have been made for."
     n_bands, size = len(preprocessing.bands), preprocessing.size
     if images.ndim != 4 or images.shape[1] != n_bands:
@@ -73,8 +73,11 @@ def _check_images(images: np.ndarray, preprocessing: Preprocessing):
     if min(images.shape[2:]) < size:
         raise InputError(f"the stamps are {images.shape[3]} x {images.shape[2]} pixels, smaller "
                          f"than the model's crop of {size}; cut larger stamps.")
+    if views > 1 and min(images.shape[2:]) < (odd := size - size % 2 + 1): raise InputError(
+        f"to be turned about the galaxy's pixel, stamps must have {odd} x {odd} pixels, and these "
+        f"are {images.shape[3]} x {images.shape[2]}; cut larger stamps or ask for one view.")
 
-# %% ../nbs/40_predict.ipynb #4a99fb91
+# %% ../nbs/40_predict.ipynb #b868aa92
 def square_views(images: torch.Tensor, # (B, bands, H, W), the galaxy on pixel (H // 2, W // 2)
                  size: int,            # pixels along a side of a view
                  n: int = 8):          # how many of the eight
@@ -86,7 +89,7 @@ def square_views(images: torch.Tensor, # (B, bands, H, W), the galaxy on pixel (
         turned = torch.rot90(square, view % 4, dims=(2, 3))
         yield (turned.flip(3) if view >= 4 else turned)[..., :size, :size]
 
-# %% ../nbs/40_predict.ipynb #2534e004
+# %% ../nbs/40_predict.ipynb #df59b28d
 def _batches(images: np.ndarray, rows: np.ndarray, batch_size: int, progress: bool):
     "Yield (position in `rows`, float32 tensor of stamps) in order, refusing non-finite pixels."
     starts = range(0, len(rows), batch_size)
@@ -99,7 +102,7 @@ def _batches(images: np.ndarray, rows: np.ndarray, batch_size: int, progress: bo
                              "pixels; mend these stamps or leave the rows out.")
         yield slice(start, start + len(part)), batch
 
-# %% ../nbs/40_predict.ipynb #ca9646cd
+# %% ../nbs/40_predict.ipynb #593df8ce
 def _check_magnitudes(magnitudes: np.ndarray, rows: np.ndarray, images: np.ndarray):
     "Refuse magnitudes of another length, or not finite where they are needed."
     if magnitudes.shape[0] != len(images):
@@ -119,7 +122,7 @@ def _prediction_table(catalogue: Table|None, rows: np.ndarray, z_phot: np.ndarra
     table["z_phot"] = z_phot
     return table
 
-# %% ../nbs/40_predict.ipynb #e0cedcf8
+# %% ../nbs/40_predict.ipynb #a275d06f
 def _open_model(model, kind: str|None, device) -> tuple:
     "A model folder, a (model, preprocessing) pair or a `Trained` as (model, preprocessing)."
     if isinstance(model, (str, Path)): return load_model(model, device, kind)
@@ -139,7 +142,7 @@ def predict(model,                          # folder of a saved model, or (model
     device = select_device(device)
     network, preprocessing = _open_model(model, "RedshiftNetwork", device)
     images, catalogue = as_stamps(stamps, preprocessing)
-    _check_images(images, preprocessing)
+    _check_images(images, preprocessing, views)
     rows = row_numbers(rows, len(images))
     mags = np.zeros((len(images), len(preprocessing.bands)), dtype=np.float32)
     if network.config.magnitude:
@@ -155,7 +158,7 @@ def predict(model,                          # folder of a saved model, or (model
         z_phot[where] = torch.stack(predicted).mean(0).cpu()
     return _prediction_table(catalogue, rows, z_phot)
 
-# %% ../nbs/40_predict.ipynb #6fdc3063
+# %% ../nbs/40_predict.ipynb #585e27bb
 FORMATS = {".fits": "fits", ".csv": "ascii.csv", ".ecsv": "ascii.ecsv"}
 
 def table_format(file) -> str: # as astropy calls it
@@ -168,7 +171,7 @@ def write_predictions(table: Table, file): # .fits, .csv or .ecsv
     "Write a table of predictions."
     with write_aside(file) as new: table.write(new, format=table_format(file))
 
-# %% ../nbs/40_predict.ipynb #83dbdfef
+# %% ../nbs/40_predict.ipynb #aa549ca0
 @torch.no_grad()
 def embed(model,                          # folder of a saved model with an encoder, or a pair
           stamps,                         # `StampSet`, its folder, a FITS file, or (N, bands, H, W)

@@ -9,7 +9,7 @@ __all__ = ['PUBLISHED_METRICS', 'PUBLISHED', 'PUBLISHED_GALAXIES', 'TABLE_METRIC
            'training_blocks', 'curve_lines', 'mask_blocks', 'curve_blocks', 'departures', 'page_title',
            'parts_sentence', 'page_blocks', 'as_markdown', 'report']
 
-# %% ../nbs/52_report.ipynb #5010dade
+# %% ../nbs/52_report.ipynb #47501e1f
 import base64
 import json
 from collections import namedtuple
@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t
 
 from .comparison import (MAGNITUDE_METHODS, draw_losses, draw_rates, folder_name,
-                                 judgement, paired_ratio, ratio_sentence, save_figure)
+                                 is_finite, judgement, paired_ratio, ratio_sentence, save_figure)
 from .errors import InputError, write_aside
 from .experiments import experiment_named
 from .mae import MAEConfig, visible_patches
@@ -38,7 +38,7 @@ from .redshift import ARCHITECTURES
 from .runs import pretrained_kinds
 from .training import FinetuneSettings, PretrainSettings
 
-# %% ../nbs/52_report.ipynb #363d0e4a
+# %% ../nbs/52_report.ipynb #f551de19
 PUBLISHED_METRICS = ("mse", "mae", "bias", "precision", "r2")
 
 _TABLE_4 = {
@@ -64,7 +64,7 @@ PUBLISHED = {table: {name: dict(zip(PUBLISHED_METRICS, row)) for name, row in ro
              for table, rows in (("Table IV", _TABLE_4), ("Table V", _TABLE_5))}
 PUBLISHED_GALAXIES = 659_857  # of Pasquet et al. (2019), in both tables
 
-# %% ../nbs/52_report.ipynb #72d92560
+# %% ../nbs/52_report.ipynb #7a16af6e
 TABLE_METRICS = {"sigma_mad": "σ_MAD", "precision": "precision", "mae": "MAE", "mse": "MSE",
                  "bias": "bias", "r2": "R²", "outlier_fraction_005": "|Δz| > 0.05"}
 STUDY_AXES = {"mask-ratio": ("mask ratio", False), # label, is the axis logarithmic?
@@ -99,7 +99,7 @@ class Run:
         scored = {name for scores in self.scores.values() for name in scores}
         return [name for name in (*self.plan["networks"], *MAGNITUDE_METHODS) if name in scored]
 
-# %% ../nbs/52_report.ipynb #33df3d48
+# %% ../nbs/52_report.ipynb #bc99f035
 @contextmanager
 def _understanding(file: Path):
     "Whatever fails in the block is said as one sentence on the file."
@@ -144,7 +144,7 @@ def _read_scores(file: Path, metrics, keys=("name",)) -> list: # of dictionaries
             for metric in metrics: float(row[metric] or 0)
     return rows
 
-# %% ../nbs/52_report.ipynb #353fe3b3
+# %% ../nbs/52_report.ipynb #6a8e9f0a
 def read_run(folder) -> Run: # `InputError` if the folder is none of an experiment
     "Read the folder of an experiment, finished or not."
     folder = Path(folder)
@@ -162,13 +162,15 @@ def read_run(folder) -> Run: # `InputError` if the folder is none of an experime
     curves = {seed: curve for seed, part in parts.items()
               if (curve := _read_scores(part/"curve.json", ("n", "sigma_mad"), ("name", "x")))}
     logs = {seed: {str(file.parent.relative_to(part)): _read(file, pd.DataFrame)
-                   for file in sorted(part.rglob("history.csv"))} for seed, part in parts.items()}
+                   for file in sorted(part.rglob("history.csv"))
+                   if not file.parent.name.startswith(".")} # no whole file yet
+            for seed, part in parts.items()}
     predictions = {seed: _read(part/"predictions.fits", Table) for seed, part in done.items()}
     return Run(folder, description["study"], description["values"], description["plan"],
                description["stamps"], _read(folder/"environment.json"), predictions, scores, curves,
                logs)
 
-# %% ../nbs/52_report.ipynb #766c5e59
+# %% ../nbs/52_report.ipynb #b4e60e2d
 def _state(run: Run, seed: int, name: str, epochs: int) -> str|None: # None: finished
     "How far a training has come."
     if (run.folder/f"seed-{seed}"/name/"model").exists(): return None
@@ -201,12 +203,12 @@ def missing_parts(run: Run) -> list: # of sentences; empty: the run is finished
         if left: found.append(f"Seed {seed} still needs {', '.join(left)}.")
     return found
 
-# %% ../nbs/52_report.ipynb #374a4920
+# %% ../nbs/52_report.ipynb #e112280f
 Block = namedtuple("Block", "kind content caption", defaults=("",))
 Cell = namedtuple("Cell", "text note best", defaults=("", False))
 Row = namedtuple("Row", "kind cells")  # kind: ours or published
 
-# %% ../nbs/52_report.ipynb #2b98db82
+# %% ../nbs/52_report.ipynb #f01cc157
 def _as_text(metric: str, value: float|None, sign: str = "") -> str:
     "A value with as many digits as the paper gives; fractions in percent."
     if value is None: return "–"
@@ -230,7 +232,7 @@ def best_name(run: Run, names, metric: str = "precision") -> str|None: # None: a
     means = {name: np.mean(cost(values)) for name, values in found.items() if None not in values}
     return min(means, key=means.get, default=None)
 
-# %% ../nbs/52_report.ipynb #ac066c36
+# %% ../nbs/52_report.ipynb #7a23d940
 def _diverged(score: dict) -> bool:
     "Is none of the metrics a number?"
     return all(score[metric] is None for metric in TABLE_METRICS)
@@ -253,7 +255,7 @@ def score_table(run: Run) -> Block:
             for metric in TABLE_METRICS)]))
     return Block("table", [["", *TABLE_METRICS.values()], rows])
 
-# %% ../nbs/52_report.ipynb #0db9e1d5
+# %% ../nbs/52_report.ipynb #cde4fb1b
 def pairs(field: str, better, worse) -> list: # of (the better by the claim, the other)
     "Architectures that differ in one field of their configuration only."
     configs = {name: asdict(config) for name, config in ARCHITECTURES.items()}
@@ -268,15 +270,11 @@ CLAIMS = {
     "AstroMAE beats Henghes et al.": pairs("encoder", "pcm", "none")
                                      + pairs("encoder", "plain", "none")}
 
-# %% ../nbs/52_report.ipynb #10f43732
-def _finite(table: Table, name: str) -> bool:
-    "Has the table a column of this name, with a finite number in every row?"
-    return name in table.colnames and np.isfinite(np.ma.filled(table[name], np.nan)).all()
-
+# %% ../nbs/52_report.ipynb #bf49c993
 def compare_seeds(run: Run, a: str, b: str) -> tuple|None: # None: no seed has both
     "Ratio of the precision of two columns of predictions, and the ends of its 95% interval."
     found = [paired_ratio(table, a, b, "precision")
-             for table in run.predictions.values() if _finite(table, a) and _finite(table, b)]
+             for table in run.predictions.values() if is_finite(table, a) and is_finite(table, b)]
     if not found: return None
     (logs, low, high), n = np.log(found).T, len(found)
     half = np.mean(high - low)/2
@@ -288,7 +286,7 @@ def published_ratio(published: str, a: str, b: str) -> float|None:
     table = PUBLISHED[published]
     return table[a]["precision"]/table[b]["precision"] if {a, b} <= set(table) else None
 
-# %% ../nbs/52_report.ipynb #6dcc631a
+# %% ../nbs/52_report.ipynb #129834d7
 def compared_pairs(run: Run) -> dict: # claim -> {(a, b): (ratio, low, high)}
     "Every claim's pairs that this run can compare, and AstroMAE against magnitudes alone."
     methods = [name for name in run.names if name in MAGNITUDE_METHODS]
@@ -306,7 +304,7 @@ def pair_sentence(table: str, a: str, b: str, ratio: float, low: float, high: fl
     return (ratio_sentence(a, b, "scatter", ratio, low, high)
             + (f" Published: {published:.2f}." if published else ""))
 
-# %% ../nbs/52_report.ipynb #eafaad37
+# %% ../nbs/52_report.ipynb #5472093e
 def _what_intervals_cover(run: Run, n: int) -> str: # n: comparisons
     "What the intervals say, and how many of them chance makes wrong."
     seeds = len(run.predictions)
@@ -339,7 +337,7 @@ def claim_blocks(run: Run) -> list:
                                   for pair, ratio in compared.items()])]
     return blocks
 
-# %% ../nbs/52_report.ipynb #703deac5
+# %% ../nbs/52_report.ipynb #3014478f
 def _group(name: str) -> str:
     "The grid in which a network is drawn."
     if name not in ARCHITECTURES: return "magnitudes alone"
@@ -352,7 +350,7 @@ def scatter_blocks(run: Run) -> list:
     seed, table = next(iter(run.predictions.items()))
     groups, few = {}, len(run.plan["networks"]) <= 6
     for name in run.names:
-        if not _finite(table, name): continue
+        if not is_finite(table, name): continue
         group = "all networks" if few and name in ARCHITECTURES else _group(name)
         groups.setdefault(group, {})[name] = table[name]
     def grid(found): return scatter_grid(table["z_spec"], found, 4 if len(found) == 4 else 3)
@@ -360,21 +358,21 @@ def scatter_blocks(run: Run) -> list:
                   f"Predicted against spectroscopic redshift, {group}, seed {seed}.")
             for group, found in groups.items()]
 
-# %% ../nbs/52_report.ipynb #fc90193a
+# %% ../nbs/52_report.ipynb #44092437
 def _shown(run: Run) -> list:
     "The names whose residuals are drawn: the best network, Henghes et al., the best method."
     table = next(iter(run.predictions.values()))
     names = [best_name(run, [name for name in run.names if name in ARCHITECTURES]),
              "Henghes et al.",
              best_name(run, [name for name in run.names if name in MAGNITUDE_METHODS])]
-    return [name for name in dict.fromkeys(names) if name and _finite(table, name)]
+    return [name for name in dict.fromkeys(names) if name and is_finite(table, name)]
 
 @figure_style()
 def draw_residuals(run: Run) -> Figure:
     "Residuals against redshift and magnitude, one row per name."
     table, names = next(iter(run.predictions.values())), _shown(run)
     along = {"z_spec": "spectroscopic redshift", "mag_r": "r magnitude"}
-    along = {column: label for column, label in along.items() if _finite(table, column)}
+    along = {column: label for column, label in along.items() if is_finite(table, column)}
     figure, axes = plt.subplots(len(names), len(along), squeeze=False, sharey=True,
                                 figsize=(4.5*len(along), 2.5*len(names)))
     for row, name in zip(axes, names):
@@ -383,7 +381,7 @@ def draw_residuals(run: Run) -> Figure:
             ax.set_title(name)
     return figure
 
-# %% ../nbs/52_report.ipynb #700086d7
+# %% ../nbs/52_report.ipynb #742c1e04
 def training_blocks(run: Run) -> list:
     "The learning rates, and the losses of what has been trained with the first seed that has any."
     phases = (PHASES[name](**run.plan[name]) for name in ("pretraining", "finetuning"))
@@ -396,7 +394,7 @@ def training_blocks(run: Run) -> list:
                                          f"Losses of every training, seed {seed}")]
     return blocks
 
-# %% ../nbs/52_report.ipynb #5685e556
+# %% ../nbs/52_report.ipynb #5f636219
 def curve_lines(run: Run) -> dict: # name -> table with columns x, y (sigma_mad), error
     "The scatter of each network and probe along the values, mean over the seeds."
     points = pd.DataFrame([(point["name"], point["x"], point["sigma_mad"],
@@ -418,7 +416,7 @@ def mask_blocks(run: Run) -> list:
     return [Block("text", f"Really masked, of the {patches} patches of an image: " + ", ".join(
         f"{n} ({n/patches:.1%}) at {ratio:g}" for ratio, n in hidden.items()) + ".")]
 
-# %% ../nbs/52_report.ipynb #4ab6ab41
+# %% ../nbs/52_report.ipynb #dfc17f51
 def curve_blocks(run: Run) -> list:
     "The curves as a figure and as a table."
     lines, (xlabel, logarithmic), seeds = curve_lines(run), STUDY_AXES[run.study], len(run.curves)
@@ -439,7 +437,7 @@ def curve_blocks(run: Run) -> list:
             Block("table", [[f"σ_MAD by {xlabel}", *map(value_label, run.values)], rows]),
             *(mask_blocks(run) if run.study == "mask-ratio" else [])]
 
-# %% ../nbs/52_report.ipynb #071f60b8
+# %% ../nbs/52_report.ipynb #c86e24bf
 def departures(plan: dict) -> list: # of sentences
     "Settings that are not the defaults, phase by phase."
     defaults = {phase: settings() for phase, settings in PHASES.items()}
@@ -454,7 +452,7 @@ def departures(plan: dict) -> list: # of sentences
         if found: sentences.append(f"{phase}: {', '.join(found)}.")
     return sentences
 
-# %% ../nbs/52_report.ipynb #84ff63a7
+# %% ../nbs/52_report.ipynb #f05e5123
 def page_title(run: Run) -> str:
     "The data set and the experiment in one line."
     done = f"experiment {run.plan['experiment']}" if run.study == "experiment" else run.study
@@ -483,7 +481,7 @@ def _introduction(run: Run) -> list:
             *([Block("warning", "This run is not finished."), Block("list", missing)]
               if missing else [])]
 
-# %% ../nbs/52_report.ipynb #5ec578b2
+# %% ../nbs/52_report.ipynb #13ae7289
 def _reading(run: Run) -> list:
     "How the table is to be read."
     errors = "Below each value: its bootstrap error over the test galaxies"
@@ -502,7 +500,7 @@ def _reading(run: Run) -> list:
                               for metric, label in TABLE_METRICS.items()],
                   "What the metrics are")]
 
-# %% ../nbs/52_report.ipynb #57cc3a0f
+# %% ../nbs/52_report.ipynb #1621b61f
 def page_blocks(run: Run) -> list:
     "The whole page, from top to bottom."
     blocks = _introduction(run)
@@ -523,7 +521,7 @@ def page_blocks(run: Run) -> list:
         "list", [f"{key}: {value}" for key, value in run.environment.items()])]
     return blocks
 
-# %% ../nbs/52_report.ipynb #003a29b2
+# %% ../nbs/52_report.ipynb #c7dfc952
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2.5rem auto;
        padding: 0 1.2rem; }
@@ -545,7 +543,7 @@ figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption, details { colo
   font-size: .88rem; }
 """
 
-# %% ../nbs/52_report.ipynb #baf7ed14
+# %% ../nbs/52_report.ipynb #2cbfe5f3
 _HTML = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{{ title }}</title><style>""" + _STYLE + """</style></head><body>
@@ -573,7 +571,7 @@ _HTML = """<!doctype html>
 """
 _TEMPLATE = Template(_HTML, autoescape=True)
 
-# %% ../nbs/52_report.ipynb #6245a48c
+# %% ../nbs/52_report.ipynb #26c2ea57
 def _markdown_row(cells: list) -> str:
     "A row of a table; a vertical bar would end a cell."
     texts = [f"{f'**{cell.text}**' if cell.best else cell.text} {cell.note}" for cell in cells]
@@ -594,7 +592,7 @@ def as_markdown(block: Block) -> str:
         return "\n".join(([f"{caption}:\n"] if caption else []) + [f"- {item}" for item in content])
     return content
 
-# %% ../nbs/52_report.ipynb #641619e1
+# %% ../nbs/52_report.ipynb #fdc1d0b6
 def report(folder          # of an experiment, finished or not
           ) -> Path:       # the HTML page; report.md and figures/ are written beside it
     "Write `report.html` and `report.md` into the folder of an experiment."

@@ -9,7 +9,7 @@ __all__ = ['PLANS', 'NETWORKS', 'LEAST_TRAINING', 'MASK_RATIOS', 'PRETRAINING_EP
            'curve_points', 'run_pretrainings', 'run_mask_ratio', 'change_pretraining', 'run_pretraining_epochs',
            'encoder_variants', 'run_encoder', 'some_labels', 'run_label_efficiency']
 
-# %% ../nbs/51_runs.ipynb #c37c177d
+# %% ../nbs/51_runs.ipynb #d885183c
 import json
 import platform
 import subprocess
@@ -38,7 +38,7 @@ from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
                                PretrainSettings, check_labels, claim_run, match_encoder,
                                pretrain, process_device, rank_and_world)
 
-# %% ../nbs/51_runs.ipynb #adccaa45
+# %% ../nbs/51_runs.ipynb #f78df8e3
 @dataclass(frozen=True)
 class Plan:
     "What is pretrained, fine-tuned and compared; the defaults are the paper's experiment 1."
@@ -63,7 +63,7 @@ class Plan:
             f"the seeds are {', '.join(map(str, self.seeds))}; choose numbers from 0 to "
             f"{2**32 - 1}.")
 
-# %% ../nbs/51_runs.ipynb #1aa3b98c
+# %% ../nbs/51_runs.ipynb #59066203
 PLANS = {
     "paper": Plan(),
     "gpu-hour": Plan(
@@ -77,7 +77,7 @@ PLANS = {
         finetuning=replace(FINETUNE_PRESETS["demo"], epochs=25, cycle=25, rate=1e-3,
                            batch_size=32))}
 
-# %% ../nbs/51_runs.ipynb #b6311338
+# %% ../nbs/51_runs.ipynb #8c03e6a1
 NETWORKS = {**dict.fromkeys(EXPERIMENTS, tuple(ARCHITECTURES)),
             "2": ("pcm-AstroMAE", "Henghes et al."),
             **dict.fromkeys(("mask-ratio", "pretraining-epochs", "encoder"), ("pcm-ViT",)),
@@ -99,7 +99,7 @@ def plan_named(name: str = "1",       # one of `NETWORKS`: an experiment or a st
                    networks=tuple(networks) or NETWORKS[name],
                    seeds=tuple(seeds) or PLANS[preset].seeds)
 
-# %% ../nbs/51_runs.ipynb #8b4cc522
+# %% ../nbs/51_runs.ipynb #a637af0e
 LEAST_TRAINING = 50
 
 def rows_of_seeds(stamps: StampSet, plan: Plan) -> dict: # seed -> rows, see `split_rows`
@@ -112,7 +112,7 @@ def rows_of_seeds(stamps: StampSet, plan: Plan) -> dict: # seed -> rows, see `sp
             f"train on in experiment {plan.experiment}; take a set that leaves {LEAST_TRAINING}.")
     return rows
 
-# %% ../nbs/51_runs.ipynb #27bf5c9d
+# %% ../nbs/51_runs.ipynb #a1650ac0
 def git_commit(folder: Path) -> str: # forty hexadecimal digits, or unknown
     "The commit that last changed a folder."
     try: said = subprocess.run(["git", "-C", folder, "log", "-1", "--format=%H", "--", "."],
@@ -129,7 +129,7 @@ def environment(device=None) -> dict: # name -> version, or what it is
             "machine": platform.platform(), "device": str(device),
             "processes": rank_and_world()[1], "threads": torch.get_num_threads()}
 
-# %% ../nbs/51_runs.ipynb #ed7d134f
+# %% ../nbs/51_runs.ipynb #d335e487
 def write_split(file: Path, stamps: StampSet, experiment: str, seed: int):
     "Write which part every row of the set is in."
     parts = split(stamps.catalogue, experiment_named(experiment).fractions, seed)
@@ -148,14 +148,15 @@ def begin_run(folder: Path, stamps: StampSet, plan: Plan, device,
                      "selection": selection.get("rows"), "condition": selection.get("condition")}
     process_device(device) # refuses a device that is not there
     claim_run(folder, {"study": study, "values": values, "plan": asdict(plan),
-                       "stamps": set_of_stamps, "version": astromae.__version__})
+                       "stamps": set_of_stamps, "version": astromae.__version__,
+                       "commit": git_commit(Path(astromae.__file__).parent)})
     if rank_distrib(): return
     if not (file := folder/"environment.json").exists(): write_json(file, environment(device))
     for seed in plan.seeds:
         if not (file := folder/f"seed-{seed}"/"split.fits").exists():
             write_split(file, stamps, plan.experiment, seed)
 
-# %% ../nbs/51_runs.ipynb #e9f8b421
+# %% ../nbs/51_runs.ipynb #2db587af
 def pretrained_kinds(networks: tuple) -> list: # of plain and pcm
     "The kinds of encoder that these networks want pretrained."
     wanted = [architecture(name) for name in networks]
@@ -169,7 +170,7 @@ def pretrain_encoders(folder: Path, stamps: StampSet, rows: dict, plan: Plan, se
                            replace(plan.pretraining, seed=seed), **where)
             for kind in pretrained_kinds(plan.networks)}
 
-# %% ../nbs/51_runs.ipynb #120d0119
+# %% ../nbs/51_runs.ipynb #9d57242f
 def wait_for(file: Path, seconds: float = 0.5):
     "Return when a file is there; look again after some seconds."
     while not file.exists(): time.sleep(seconds)
@@ -189,17 +190,19 @@ def finetune_plan(folder: Path,       # each network gets a folder in it
 def probe_columns(stamps: StampSet, train: np.ndarray, test: np.ndarray, networks: dict,
                   seed: int, device) -> dict: # name -> function that gives redshifts
     "What each kind of frozen encoder in some trained networks knows, see `prediction_columns`."
-    frozen = {one.model.config.encoder: one for one in networks.values() if one.model.config.frozen}
+    configs = {name: trained.model.config for name, trained in networks.items()}
+    frozen = {configs[name].encoder: trained[:2] for name, trained in networks.items()
+              if configs[name].frozen}
     @cache
     def embedded(kind):
-        return [embed((frozen[kind].model, frozen[kind].preprocessing), stamps, rows=rows,
-                      device=device) for rows in (train, test)]
+        return [embed(frozen[kind], stamps, rows=rows, device=device) for rows in (train, test)]
     def by_probe(probe, kind):
         known, asked = embedded(kind)
         return probe(known, stamps.redshifts()[train], asked, seed=seed)
     return {f"{kind} {name}": partial(by_probe, probe, kind)
             for kind in sorted({*frozen} - {"none"}) for name, probe in PROBES.items()}
 
+# %% ../nbs/51_runs.ipynb #48b5ce69
 def run_networks(folder: Path,       # networks, predictions and metrics go there
                  stamps: StampSet,
                  rows: dict,         # from `split_rows`
@@ -227,7 +230,7 @@ def run_networks(folder: Path,       # networks, predictions and metrics go ther
     write_json(folder/"metrics.json", scores)
     return scores
 
-# %% ../nbs/51_runs.ipynb #6030add2
+# %% ../nbs/51_runs.ipynb #42ca471e
 def run_experiment(stamps: StampSet,          # labelled where the experiment wants it
                    folder,                    # of the run; goes on where it stopped
                    plan: Plan = Plan(),
@@ -246,12 +249,12 @@ def run_experiment(stamps: StampSet,          # labelled where the experiment wa
                      magnitude_methods(stamps))
     return folder
 
-# %% ../nbs/51_runs.ipynb #2c454c46
+# %% ../nbs/51_runs.ipynb #2726c18c
 def curve_points(variant: str, x: float, scores: list, **more) -> list: # one per score
     "The scores of one variant as points of a curve."
     return [{"variant": variant, "x": x, **more, **score} for score in scores]
 
-# %% ../nbs/51_runs.ipynb #bdee8f30
+# %% ../nbs/51_runs.ipynb #dfd7b125
 def run_pretrainings(stamps: StampSet, folder, study: str,
                      plan: Plan,      # of all
                      plans: dict,     # value of the study -> plan
@@ -275,7 +278,7 @@ def run_pretrainings(stamps: StampSet, folder, study: str,
             if not rank_distrib(): write_json(home/"curve.json", curve)
     return folder
 
-# %% ../nbs/51_runs.ipynb #79428005
+# %% ../nbs/51_runs.ipynb #32cedef9
 MASK_RATIOS = (0.25, 0.5, 0.6, 0.75, 0.9)
 
 def run_mask_ratio(stamps: StampSet,
@@ -291,7 +294,7 @@ def run_mask_ratio(stamps: StampSet,
              for ratio in ratios}
     return run_pretrainings(stamps, folder, "mask-ratio", plan, plans, device, progress, in_memory)
 
-# %% ../nbs/51_runs.ipynb #cfe25bb5
+# %% ../nbs/51_runs.ipynb #2c673447
 def change_pretraining(plan: Plan, **settings) -> Plan:
     "The plan with some settings of pretraining otherwise."
     return replace(plan, pretraining=replace(plan.pretraining, **settings))
@@ -312,7 +315,7 @@ def run_pretraining_epochs(stamps: StampSet,
     return run_pretrainings(stamps, folder, "pretraining-epochs", plan, plans, device, progress,
                             in_memory)
 
-# %% ../nbs/51_runs.ipynb #ea33ef0d
+# %% ../nbs/51_runs.ipynb #beb9a3eb
 def encoder_variants(plan: Plan) -> dict: # name -> plan
     "The plan, and plans that each do one thing otherwise."
     model, first, second = plan.autoencoder, plan.pretraining, plan.finetuning
@@ -341,12 +344,12 @@ def run_encoder(stamps: StampSet,
     return run_pretrainings(stamps, folder, "encoder", plan, encoder_variants(plan), device,
                             progress, in_memory)
 
-# %% ../nbs/51_runs.ipynb #a9d7d651
+# %% ../nbs/51_runs.ipynb #c29385d6
 def some_labels(stamps: StampSet, train: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     "The training rows of a fraction of the galaxies; a larger fraction has them too."
     return train[split(stamps.catalogue[train], {"labels": fraction}, seed)["labels"]]
 
-# %% ../nbs/51_runs.ipynb #ac2d20a1
+# %% ../nbs/51_runs.ipynb #642539a1
 LABEL_FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.)
 
 def run_label_efficiency(stamps: StampSet,
@@ -386,6 +389,6 @@ def run_label_efficiency(stamps: StampSet,
             if not rank_distrib(): write_json(home/"curve.json", curve)
     return folder
 
-# %% ../nbs/51_runs.ipynb #c5f5d2e3
+# %% ../nbs/51_runs.ipynb #a8a2be1a
 STUDIES = {"mask-ratio": run_mask_ratio, "pretraining-epochs": run_pretraining_epochs,
            "encoder": run_encoder, "label-efficiency": run_label_efficiency}

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,35 @@ import pytest
 from astropy.table import Table
 from command import N, full_disk, sentence, some, write
 
+from astromae.catalogue import split
 from astromae.dataset import StampSet, write_stamp_set
+from astromae.experiments import experiment_named
 from astromae.survey import BANDS
+from astromae.training import FINETUNE_PRESETS
 
 
 # --- what works
+
+def test_a_training_that_diverges_says_so(astromae, tmp_path, monkeypatch):
+    images, table = some()
+    write_stamp_set(tmp_path/"stamps", [(images, table)], len(table))
+    monkeypatch.setitem(FINETUNE_PRESETS, "demo", replace(FINETUNE_PRESETS["demo"], rate=1e30))
+    code, out, err = astromae("finetune", tmp_path/"stamps", tmp_path/"run", "--network", "Henghes et al.",
+                              *"--epochs 2 --preset demo --experiment accuracy --device cpu".split())
+    assert code == 0 and "diverged" in out, err
+    assert json.loads((tmp_path/"run"/"metrics.json").read_text())[0]["sigma_mad"] is None
+    there = {path.name for path in (tmp_path/"run").iterdir()}
+    assert {"predictions.fits", "model"} <= there and "scatter.png" not in there
+
+
+def test_the_part_to_test_on_is_looked_at_before_training(refused, tmp_path):
+    images, table = some()
+    row = split(table, experiment_named("accuracy").fractions, 42)["test"][3]
+    table["z_spec"][row] = np.nan
+    write_stamp_set(tmp_path/"stamps", [(images, table)], len(table))
+    refused(f"test rows (the first is row {row})", "finetune", tmp_path/"stamps", tmp_path/"run", "--network",
+            "Henghes et al.", *"--preset demo --experiment accuracy --device cpu".split())
+
 
 def test_from_a_cube_to_redshifts(astromae, tmp_path):
     "import, pretrain, finetune, predict; then the last three again, which train nothing."

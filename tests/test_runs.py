@@ -15,18 +15,19 @@ from astropy.table import Table
 
 import astromae
 from astromae import comparison, runs
-from astromae.comparison import MAGNITUDE_METHODS
+from astromae.comparison import MAGNITUDE_METHODS, Comparison, compare, verdict
 from astromae.dataset import StampSet
 from astromae.errors import InputError
 from astromae.experiments import split_rows
 from astromae.formats import import_stamps
 from astromae.mae import MAEConfig
 from astromae.metrics import METRICS
+from astromae.predict import embed
 from astromae.probes import PROBES
 from astromae.redshift import ARCHITECTURES
 from astromae.runs import (NETWORKS, PLANS, Plan, plan_named, run_encoder, run_experiment,
                            run_label_efficiency, run_mask_ratio, run_pretraining_epochs)
-from astromae.training import FINETUNE_PRESETS, PRETRAIN_PRESETS
+from astromae.training import FINETUNE_PRESETS, PRETRAIN_PRESETS, load_trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -150,6 +151,20 @@ def test_every_mask_ratio_has_its_own_encoder(stamps, tmp_path):
     assert len({point["sigma_mad"] for point in curve}) == len(curve)
 
 
+def test_probes_ask_the_encoder_that_a_network_has_frozen(stamps, tmp_path):
+    "And not the autoencoder's, whose BatchNorm layers know masked images only."
+    plan = replace(TINY, networks=("pcm-ViT",))
+    run = run_mask_ratio(stamps, tmp_path/"masks", plan, ratios=(0.75,), **QUIET)
+    home, rows = run/"seed-42"/"mask-0.75", split_rows(stamps, "1", 42)
+    found, agree = Table.read(home/"predictions.fits")["pcm linear probe"], {}
+    for folder in ("networks/pcm-ViT", "pretraining-pcm"):
+        known, asked = (embed(load_trained(home/folder)[:2], stamps, rows=rows[part], device="cpu")
+                        for part in ("train", "test"))
+        z_phot = PROBES["linear probe"](known, stamps.redshifts()[rows["train"]], asked, seed=42)
+        agree[folder] = np.allclose(z_phot, found, rtol=0, atol=1e-6)
+    assert agree == {"networks/pcm-ViT": True, "pretraining-pcm": False}
+
+
 def test_every_length_of_pretraining_warms_up_for_a_tenth(stamps, tmp_path):
     plan = replace(TINY, networks=("plain-ViT",))
     home = run_pretraining_epochs(stamps, tmp_path/"run", plan, lengths=(1, 2), **QUIET)/"seed-42"
@@ -230,6 +245,9 @@ def refused(message, stamps, folder, plan=TINY, run=run_experiment, **more):
 def test_a_folder_of_another_run_is_refused(stamps, first, monkeypatch):
     refused("plan.seeds is [42] there and [43] here", stamps, first, replace(TINY, seeds=(43,)))
     refused("study is experiment there and mask-ratio here", stamps, first, run=run_mask_ratio)
+    with monkeypatch.context() as other:
+        other.setattr(runs, "git_commit", lambda folder: 40*"a")
+        refused(f"and {40*'a'} here", stamps, first)
     monkeypatch.setattr(astromae, "__version__", "9.9")
     refused("version is 0", stamps, first)
     refused("there and 9.9 here", stamps, first)
@@ -279,6 +297,29 @@ def test_the_studies_refuse_what_they_cannot_do(stamps, tmp_path):
     refused("none of the networks has a pretrained", stamps, tmp_path/"run",
             replace(TINY, networks=("Henghes et al.",)), run=run_mask_ratio)
     refused("would be empty", stamps, tmp_path/"run", run=run_label_efficiency, fractions=(1., 0.001))
+    one = 1.2/len(split_rows(stamps, "1", 42)["train"])
+    refused("are those of 1 of", stamps, tmp_path/"run", run=run_label_efficiency, fractions=(1., one))
+
+
+def test_a_network_that_diverged_stops_nobody_else(stamps, tmp_path, monkeypatch):
+    whole = comparison.prediction_columns
+    def diverged(*args):
+        columns = whole(*args)
+        return {name: (lambda: np.full(150, np.nan)) if name == "plain-ViT" else column
+                for name, column in columns.items()}
+    monkeypatch.setattr(comparison, "prediction_columns", diverged)
+    settings = Comparison(networks=TINY.networks, autoencoder=replace(TINY.autoencoder, encoder="plain"),
+                          pretraining=TINY.pretraining, finetuning=TINY.finetuning)
+    scores = {row["name"]: row["sigma_mad"] for row in compare(
+        tmp_path/"walk", settings, stamps.folder, device="cpu", progress=False)}
+    assert scores.pop("plain-ViT") is None and None not in scores.values()
+    there = {path.name for path in (tmp_path/"walk").iterdir()}
+    assert {"scatter-Henghes-et-al.png", "residuals.png", "losses.png", "model"} <= there
+    assert "scatter-plain-ViT.png" not in there
+    assert read(tmp_path/"walk"/"model"/"config.json")["encoder"] == "none" # that of Henghes et al.
+    table = Table.read(tmp_path/"walk"/"predictions.fits")
+    assert verdict(table, TINY.networks) == "plain-ViT diverged; no verdict."
+    assert "plain-ViT" not in verdict(table, TINY.networks[::-1])
 
 
 # --- two processes

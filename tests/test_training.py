@@ -18,13 +18,16 @@ from astropy.table import Table
 from fastai.callback.core import Callback
 from fastai.torch_core import get_model, rank_distrib
 from safetensors.torch import load_file, save_file
+from timm.layers import BatchNormAct2d
 
 import astromae.training as training
 from astromae.batches import centre_crop
 from astromae.catalogue import required_columns
 from astromae.dataset import StampSet, write_stamp_set
 from astromae.mae import MAEConfig
+from astromae.errors import InputError
 from astromae.models import load_model
+from astromae.predict import predict
 from astromae.redshift import ARCHITECTURES, RedshiftNetwork
 from astromae.schedules import decaying_restarts, rate_curve, warmup_cosine
 from astromae.training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
@@ -164,7 +167,8 @@ def test_only_the_first_process_writes(shared):
     first, second = ((shared/f"shared-written-{rank}.txt").read_text() for rank in (0, 1))
     assert second == ""
     for run in RUNS:
-        for name in ("run.json", "history.csv", "checkpoint", "model"): assert f"{run}/.{name}-" in first
+        for name in ("run.json", "history.csv", "checkpoint.safetensors", "model"):
+            assert f"{run}/.{name}-" in first
 
 
 def test_two_processes_train_as_one_does(shared):
@@ -177,6 +181,49 @@ def test_two_processes_train_as_one_does(shared):
     a, b = (pd.read_csv(shared/name/"plain"/"history.csv") for name in ("alone", "shared"))
     assert b["valid_loss"].to_numpy() == pytest.approx(a["valid_loss"].to_numpy(), rel=1e-3)
     assert b["rate"].tolist() == a["rate"].tolist()
+
+
+@pytest.mark.parametrize("wrong", [
+    {"loss": "mes"}, {"interpolation": "bilinaer"}, {"normalisation": "arcsin"}, {"checkpoint_every": 0},
+    {"batch_size": 0}, {"seed": -1}, {"epochs": 0}])
+def test_settings_that_cannot_be_meant_claim_no_folder(home, tmp_path, wrong):
+    stamps, (name, value), begun = StampSet.open(home/"stamps"), *wrong.items(), tmp_path/"run"
+    phases = (pretrain, MAE, PRETRAIN), (finetune, ARCHITECTURES["Henghes et al."], FINETUNE)
+    for phase, model, settings in phases:
+        if not hasattr(settings, name): continue
+        with pytest.raises(InputError, match=f"{value}"):
+            phase(stamps, TRAIN, WATCH, begun, model, replace(settings, **wrong), **QUIET)
+        assert not begun.exists()
+
+
+@pytest.mark.parametrize("size", [32, 33])
+def test_stamps_that_cannot_be_turned_about_their_galaxy(home, size):
+    trained = load_model(home/"unbroken"/"astromae"/"model", "cpu")
+    images, magnitudes = np.random.default_rng(0).normal(size=(2, 5, size, size)), np.full((2, 5), 18.)
+    assert len(predict(trained, images, magnitudes, device="cpu")) == 2
+    if size == 33: assert len(predict(trained, images, magnitudes, views=8, device="cpu")) == 2
+    else:
+        with pytest.raises(InputError, match="33 x 33 pixels, and these are 32 x 32"):
+            predict(trained, images, magnitudes, views=8, device="cpu")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_synchronised_layers_are_the_same_function(name, monkeypatch):
+    "With their ReLUs, which PyTorch's own exchange of BatchNorm layers leaves out."
+    monkeypatch.setattr(training, "num_distrib", lambda: 2)
+    network = RedshiftNetwork(replace(ARCHITECTURES[name], depth=1)).eval()
+    images, magnitudes = torch.randn(4, 5, 32, 32), torch.randn(4, 5)
+    before, parameters = network(images, magnitudes), list(network.parameters())
+    assert training.synchronised(network) is network and not any(
+        isinstance(layer, torch.nn.SyncBatchNorm) for layer in network.modules()) # the CPU has none
+    layers = [type(layer) for layer in network.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    exchanged = training.convert_sync_batchnorm(network)
+    assert torch.equal(exchanged(images, magnitudes), before)
+    assert all(a is b for a, b in zip(exchanged.parameters(), parameters, strict=True))
+    on_gpus = training.synchronised(RedshiftNetwork(replace(ARCHITECTURES[name], depth=1)).to("meta"))
+    kinds = [layer for layer in on_gpus.modules() if isinstance(layer, torch.nn.SyncBatchNorm)]
+    assert len(kinds) == len(layers)
+    assert sum(hasattr(layer, "act") for layer in kinds) == sum(kind is BatchNormAct2d for kind in layers)
 
 
 # --- a power cut
@@ -195,10 +242,10 @@ class Cut(Callback):
 
 
 def die_while_writing():
-    "Die when the weights of a checkpoint are on disk, but not yet its optimizer."
+    "Die when a checkpoint is on disk, but not yet in the place of the one before."
     save = training.save_file
-    def save_and_die(tensors, file):
-        save(tensors, file)
+    def save_and_die(*args):
+        save(*args)
         die()
     training.save_file = save_and_die
     return ()
@@ -224,9 +271,9 @@ def kill(home):
                 one_phase(home, phase, cut())
                 os._exit(0)
             code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-            file = home/"killed"/phase/"checkpoint"/"checkpoint.json"
-            print(phase, code, len(pd.read_csv(home/"killed"/phase/"history.csv")),
-                  file.read_text() if file.exists() else "nothing")
+            folder = home/"killed"/phase
+            print(phase, code, len(pd.read_csv(folder/"history.csv")),
+                  training.finished_epochs(folder/"checkpoint.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -238,9 +285,8 @@ def killed(home):
 
 @pytest.mark.parametrize("phase", ["pretraining", "astromae"])
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(home, killed, phase):
-    after_two = '{"finished_epochs": 2}'
     assert [line for line in killed if line.startswith(phase)] == [
-        f"{phase} -9 1 nothing", f"{phase} -9 4 {after_two}", f"{phase} -9 4 {after_two}"]
+        f"{phase} -9 {epochs} {finished}" for epochs, finished in ((1, 0), (4, 2), (4, 2))]
     ended, unbroken = one_phase(home, phase), load_model(home/"unbroken"/phase/"model", "cpu")
     assert same_weights(ended.model, unbroken[0]) and ended.preprocessing == unbroken[1]
     history = pd.read_csv(home/"unbroken"/phase/"history.csv")
