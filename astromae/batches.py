@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INTERPOLATIONS', 'Normalisation', 'edge_noise', 'fit_normalisation', 'reach', 'turn', 'augment', 'BatchLoader']
 
-# %% ../nbs/04_batches.ipynb #ad86ab2f
+# %% ../nbs/04_batches.ipynb #a3e845bc
 import copy
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from torch.nn import functional
 from .dataset import StampSet, centre_crop, row_numbers
 from .errors import InputError, select_device
 
-# %% ../nbs/04_batches.ipynb #a2fdaaa8
+# %% ../nbs/04_batches.ipynb #09c27fa2
 @dataclass(frozen=True)
 class Normalisation:
     "What is done to each band before the network sees it; works on (B, bands, ...) tensors."
@@ -57,7 +57,7 @@ def _arcsinh(x: torch.Tensor) -> torch.Tensor:
     y = x*x
     return y.add_(1).sqrt_().add_(x.abs()).log_().copysign_(x)
 
-# %% ../nbs/04_batches.ipynb #b3584081
+# %% ../nbs/04_batches.ipynb #1848951c
 def edge_noise(images: torch.Tensor, # (n, bands, H, W)
                width: int = 4        # of the edge, pixels
               ) -> torch.Tensor:     # (bands,) in the unit of the pixels
@@ -67,7 +67,7 @@ def edge_noise(images: torch.Tensor, # (n, bands, H, W)
     edge = images[:, :, ~inside].transpose(0, 1).flatten(1)
     return 1.4826*(edge - edge.median(1, keepdim=True).values).abs().median(1).values
 
-# %% ../nbs/04_batches.ipynb #97057c99
+# %% ../nbs/04_batches.ipynb #db1b6059
 def _refuse_not_finite(values: torch.Tensor, rows, what: str):
     "Name the rows whose values are not all finite."
     if torch.isfinite(values.sum()): return
@@ -77,10 +77,11 @@ def _refuse_not_finite(values: torch.Tensor, rows, what: str):
     raise InputError(f"{len(bad)} of {len(good):,} galaxies have no finite {what}, first in the "
                      f"rows {', '.join(map(str, bad[:5]))}; mend them or leave them out.")
 
-# %% ../nbs/04_batches.ipynb #9b9c8824
+# %% ../nbs/04_batches.ipynb #57ec169b
 def fit_normalisation(data,                 # `StampSet`, images (N, B, H, W), magnitudes (N, B)
                       indices,              # rows of the training part
                       kind: str,            # `none`, `standard` or `arcsinh`
+                      softening: float = 1., # of arcsinh, in sigma of the noise
                       size: int = 32,       # of the central part of the images that counts, pixels
                       sample: int = 10_000, # galaxies that are enough
                       seed: int = 42        # of their choice
@@ -92,11 +93,11 @@ def fit_normalisation(data,                 # `StampSet`, images (N, B, H, W), m
         "the arcsinh normalisation needs images, whose edges show the noise; choose standard.")
     rows = np.random.default_rng(seed).permutation(np.asarray(indices, int))[:sample]
     blocks = np.array_split(np.sort(rows), max(1, len(rows)//256))
-    softening = ()
+    softened_at = ()
     if kind == "arcsinh":
         edges = np.sort(rows[:1000])
-        softening = edge_noise(torch.from_numpy(data[edges]).float()).tolist()
-    nothing = Normalisation(kind, [0]*data.shape[1], [1]*data.shape[1], softening)
+        softened_at = (softening*edge_noise(torch.from_numpy(data[edges]).float())).tolist()
+    nothing = Normalisation(kind, [0]*data.shape[1], [1]*data.shape[1], softened_at)
     sums = torch.zeros(3, data.shape[1], dtype=torch.float64)
     for block in blocks:
         part = data[block] if data.ndim == 2 else centre_crop(data[block], size)
@@ -109,9 +110,9 @@ def fit_normalisation(data,                 # `StampSet`, images (N, B, H, W), m
     if not (torch.isfinite(std) & (std > 0)).all(): raise InputError(
         f"the {len(rows)} training rows have values that are not finite or all the same in a band; "
         "mend them or leave them out.")
-    return Normalisation(kind, mean.tolist(), std.tolist(), softening)
+    return Normalisation(kind, mean.tolist(), std.tolist(), softened_at)
 
-# %% ../nbs/04_batches.ipynb #351c5dbb
+# %% ../nbs/04_batches.ipynb #22b9cee9
 def reach(size: int,           # side of the image, pixels
           max_rotation: float, # largest angle, degrees
           flip: bool = True    # will images be flipped?
@@ -121,7 +122,7 @@ def reach(size: int,           # side of the image, pixels
     if angle == 0: return size + 2*flip
     return 2*int(np.ceil(size/2*(np.cos(angle) + np.sin(angle)))) + 2
 
-# %% ../nbs/04_batches.ipynb #ba72caa1
+# %% ../nbs/04_batches.ipynb #4bd0dc9c
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 def turn(images: torch.Tensor,    # (B, bands, H, W) stamps
@@ -141,7 +142,7 @@ def turn(images: torch.Tensor,    # (B, bands, H, W) stamps
     grid = functional.affine_grid(theta, shape, align_corners=False)
     return functional.grid_sample(images, grid, interpolation, "reflection", align_corners=False)
 
-# %% ../nbs/04_batches.ipynb #76a7e890
+# %% ../nbs/04_batches.ipynb #14ccf6ce
 def augment(images: torch.Tensor,          # (B, bands, H, W) normalised stamps
             size: int = 32,                # side of the result, pixels
             max_rotation: float = 45.,     # angles are uniform between minus this and this, degrees
@@ -158,7 +159,7 @@ def augment(images: torch.Tensor,          # (B, bands, H, W) normalised stamps
     else: images = centre_crop(images, size)
     return images + noise*torch.randn(images.shape, **where) if noise else images
 
-# %% ../nbs/04_batches.ipynb #95a718e9
+# %% ../nbs/04_batches.ipynb #df902ca6
 def _gather(stamps: np.ndarray, # (N, bands, H, W), memory-mapped
             rows: np.ndarray,   # (B,) rows wanted, in any order
             size: int           # of the central part, pixels
@@ -171,7 +172,7 @@ def _gather(stamps: np.ndarray, # (N, bands, H, W), memory-mapped
     gathered[order] = stamps[rows[order], :, y:y + size, x:x + size]
     return torch.from_numpy(gathered)
 
-# %% ../nbs/04_batches.ipynb #d1552e03
+# %% ../nbs/04_batches.ipynb #50464b25
 class BatchLoader(DistributedDL):
     "Batches of a stamp set's rows, normalised and, in training, shuffled and augmented."
     def __init__(self,
@@ -206,7 +207,7 @@ class BatchLoader(DistributedDL):
         self._load_labels(magnitude_normalisation)
         self._load_stamps(select_device(device))
 
-# %% ../nbs/04_batches.ipynb #ecaad246
+# %% ../nbs/04_batches.ipynb #f1db4151
 @patch
 def _checked(self: BatchLoader, indices) -> np.ndarray:
     "Rows as an array; `InputError` if they or the settings make no sense."
@@ -231,7 +232,7 @@ def _window(self: BatchLoader) -> int:
     centre_crop(np.empty(self.dataset.images.shape[-2:], bool), window)
     return window
 
-# %% ../nbs/04_batches.ipynb #bb0109ad
+# %% ../nbs/04_batches.ipynb #6f9fc669
 @patch
 def _load_labels(self: BatchLoader, normalisation: Normalisation):
     "Put normalised magnitudes and redshifts on the device, for targets `redshift`."
@@ -268,7 +269,7 @@ def to(self: BatchLoader, device):
     self._labels = tuple(values.to(device) for values in self._labels)
     if self.in_memory: self._stamps = self._stamps.to(device)
 
-# %% ../nbs/04_batches.ipynb #0b16c01f
+# %% ../nbs/04_batches.ipynb #b8fdccef
 @patch
 def get_idxs(self: BatchLoader) -> np.ndarray:
     "Positions in `indices`, in the order of this epoch: this process's share."
@@ -292,7 +293,7 @@ def set_epoch(self: BatchLoader, epoch: int): # counted from 0
     "Choose the order and the augmentation of the next epoch; a finished epoch moves on by one."
     self.epoch = epoch
 
-# %% ../nbs/04_batches.ipynb #11d5ab8b
+# %% ../nbs/04_batches.ipynb #719c61c2
 @patch
 def _batch(self: BatchLoader, positions, generator) -> tuple[torch.Tensor, ...]:
     "One batch on the device."
@@ -317,7 +318,7 @@ def __iter__(self: BatchLoader):
     for k in range(len(self)): yield self._batch(positions[k*self.bs:(k + 1)*self.bs], generator)
     self.epoch += 1
 
-# %% ../nbs/04_batches.ipynb #1f1a0ede
+# %% ../nbs/04_batches.ipynb #cd5c0113
 @patch
 def one_batch(self: BatchLoader) -> tuple[torch.Tensor, ...]:
     "The first batch of the current epoch."

@@ -10,7 +10,7 @@ __all__ = ['PRETRAIN_PRESETS', 'FINETUNE_PRESETS', 'LOSSES', 'Trained', 'Pretrai
            'autoencoder_loss', 'load_trained', 'pretrain', 'redshift_scale', 'match_encoder', 'check_labels',
            'weights_digest', 'finetune']
 
-# %% ../nbs/21_training.ipynb #f5b3eaa4
+# %% ../nbs/21_training.ipynb #6a7a3804
 import gc
 import hashlib, json, time
 from collections import namedtuple
@@ -47,7 +47,7 @@ from .models import Preprocessing, check_bands, load_model, save_model
 from .redshift import RedshiftConfig, RedshiftNetwork, transfer_encoder
 from .schedules import decaying_restarts, warmup_cosine
 
-# %% ../nbs/21_training.ipynb #77705c16
+# %% ../nbs/21_training.ipynb #1597589d
 @dataclass(frozen=True)
 class PretrainSettings:
     "How the masked autoencoder is trained; the defaults are the paper's."
@@ -61,10 +61,11 @@ class PretrainSettings:
     flip: bool = True                    # horizontally and vertically, half of the time each
     interpolation: str = "nearest"       # of turned pixels: nearest, bilinear, bicubic [ours]
     normalisation: str = "none"          # of the pixels: none (the paper), standard, arcsinh
+    softening: float = 1.                # of arcsinh, in sigma of the noise [ours]
     checkpoint_every: int = 10           # epochs [ours]
     seed: int = 42
 
-# %% ../nbs/21_training.ipynb #5c7f0991
+# %% ../nbs/21_training.ipynb #62e5950a
 @dataclass(frozen=True)
 class FinetuneSettings:
     "How the redshift network is trained; the defaults are the paper's."
@@ -81,13 +82,14 @@ class FinetuneSettings:
     noise: float = 0.05                  # standard deviation, in the unit that the network sees
     loss: str = "mse"                    # a name in `LOSSES` [ours]
     normalisation: str = "none"          # of the pixels, where no pretrained encoder sets it
+    softening: float = 1.                # of arcsinh, in sigma of the noise [ours]
     magnitude_normalisation: str = "none" # none (the paper) or standard
     scale_redshift: bool = False         # let the network predict (z - mean) / std [ours]
     whole_image_statistics: bool = False # of the frozen BatchNorm layers [ours, see below]
     checkpoint_every: int = 10           # epochs [ours]
     seed: int = 42
 
-# %% ../nbs/21_training.ipynb #a78642ae
+# %% ../nbs/21_training.ipynb #0fd33b92
 PRETRAIN_PRESETS = {
     "paper": PretrainSettings(),
     "demo": PretrainSettings(epochs=5, batch_size=128, peak_rate=1e-3, warmup_epochs=1,
@@ -100,7 +102,7 @@ FINETUNE_PRESETS = {
                              scale_redshift=True, whole_image_statistics=True),
 }
 
-# %% ../nbs/21_training.ipynb #786b860c
+# %% ../nbs/21_training.ipynb #62c9a9c6
 def check_settings(settings: PretrainSettings|FinetuneSettings):
     "Refuse settings with which nobody can train."
     schedule_of(settings)
@@ -109,6 +111,8 @@ def check_settings(settings: PretrainSettings|FinetuneSettings):
         given = getattr(settings, name, None)
         if given not in (None, *known): raise InputError(
             f"{name} is {given!r}; choose one of {', '.join(known)}.")
+    if not settings.softening > 0: raise InputError(
+        f"softening is {settings.softening}; choose a number of sigma above zero.")
     for name, least in (("checkpoint_every", 1), ("seed", 0)):
         if getattr(settings, name) < least: raise InputError(
             f"{name} is {getattr(settings, name)}; choose {least} or more.")
@@ -119,7 +123,7 @@ def schedule_of(settings: PretrainSettings|FinetuneSettings): # a function of th
         return warmup_cosine(settings.epochs, settings.warmup_epochs, settings.peak_rate)
     return decaying_restarts(settings.epochs, settings.rate, settings.cycle, settings.decay)
 
-# %% ../nbs/21_training.ipynb #d53644eb
+# %% ../nbs/21_training.ipynb #b758ab9a
 def normalised_absolute_error(prediction: torch.Tensor, # (B,) predicted redshift
                               z_spec: torch.Tensor      # (B,) spectroscopic redshift
                              ) -> torch.Tensor:         # scalar
@@ -128,7 +132,7 @@ def normalised_absolute_error(prediction: torch.Tensor, # (B,) predicted redshif
 
 LOSSES = {"mse": F.mse_loss, "absolute": F.l1_loss, "normalised": normalised_absolute_error}
 
-# %% ../nbs/21_training.ipynb #788fc4d3
+# %% ../nbs/21_training.ipynb #be1e5172
 class SeedEpoch(Callback):
     "Make every epoch draw the same random numbers in every run with the same seed."
     order = -20
@@ -141,7 +145,7 @@ class SeedEpoch(Callback):
         self._seed(self.epoch + 1)
     def before_validate(self): self._seed(0)
 
-# %% ../nbs/21_training.ipynb #d7e627be
+# %% ../nbs/21_training.ipynb #8425f04d
 class ImageRate(Callback):
     "One progress bar for the whole phase: images, their rate, and the loss."
     order = 60
@@ -160,7 +164,7 @@ class ImageRate(Callback):
         "Take the bar away, also when the training was broken off."
         if hasattr(self, "bar"): self.bar.close()
 
-# %% ../nbs/21_training.ipynb #49dc7c03
+# %% ../nbs/21_training.ipynb #bf199525
 class History(Callback):
     "Write the losses, the learning rate and the time of every epoch to a CSV file."
     order = 61
@@ -177,7 +181,7 @@ class History(Callback):
                           "rate": self.opt.hypers[-1]["lr"], "seconds": time.time() - self.begun})
         with write_aside(self.file) as new: pd.DataFrame(self.rows).to_csv(new, index=False)
 
-# %% ../nbs/21_training.ipynb #1cbff429
+# %% ../nbs/21_training.ipynb #9aad4843
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict: # name -> tensor
     "The state of an optimizer as a flat dictionary of tensors."
     state = optimizer.state_dict()["state"]
@@ -194,7 +198,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, # with the parameters of
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-# %% ../nbs/21_training.ipynb #badfcea9
+# %% ../nbs/21_training.ipynb #7f43f4c9
 class Checkpoint(Callback):
     "Write weights, optimizer and the number of finished epochs, every few epochs."
     order = 65
@@ -227,7 +231,7 @@ def load_checkpoint(file: Path, learner: Learner) -> int: # epochs that are fini
     restore_optimizer(learner.opt.opt, parts["optimizer"])
     return finished_epochs(file)
 
-# %% ../nbs/21_training.ipynb #0b86962f
+# %% ../nbs/21_training.ipynb #2e9dbf55
 def process_device(name: str|None = None) -> torch.device: # None: this process's GPU, else the CPU
     "The device of this process: with several processes and GPUs, each has its own."
     return PartialState().device if name is None and num_distrib() else select_device(name)
@@ -241,7 +245,7 @@ def rank_and_world() -> tuple: # this process's number, and how many there are
     "Which process this is, of how many."
     return rank_distrib(), max(num_distrib(), 1)
 
-# %% ../nbs/21_training.ipynb #b036e09c
+# %% ../nbs/21_training.ipynb #c290f23c
 def make_loaders(stamps: StampSet, rows: np.ndarray, valid_rows: np.ndarray,
                  targets: str,                 # images or redshift
                  preprocessing: Preprocessing, # crop and normalisation
@@ -259,7 +263,7 @@ def make_loaders(stamps: StampSet, rows: np.ndarray, valid_rows: np.ndarray,
                         interpolation=settings.interpolation, **common),
             BatchLoader(stamps, valid_rows, train=False, **common))
 
-# %% ../nbs/21_training.ipynb #5cb76247
+# %% ../nbs/21_training.ipynb #a46718b4
 def describe_data(stamps: StampSet, train_rows: np.ndarray, valid_rows: np.ndarray) -> dict:
     "What identifies the data of a run: the set's checksums, which part of it, and the rows."
     return {"checksums": stamps.description["checksums"],
@@ -267,7 +271,7 @@ def describe_data(stamps: StampSet, train_rows: np.ndarray, valid_rows: np.ndarr
             "train_rows": [len(train_rows), digest_rows(train_rows)],
             "valid_rows": [len(valid_rows), digest_rows(valid_rows)]}
 
-# %% ../nbs/21_training.ipynb #19e7815d
+# %% ../nbs/21_training.ipynb #135af305
 def _differences(old: dict, new: dict, prefix: str = "") -> list:
     "Names and values that two nested dictionaries do not share."
     found = []
@@ -295,7 +299,7 @@ def claim_run(folder: Path, description: dict):
     if (folder/"run.json").exists() or rank_distrib(): return
     write_json(folder/"run.json", description)
 
-# %% ../nbs/21_training.ipynb #a8326c61
+# %% ../nbs/21_training.ipynb #0d4ce03a
 def make_learner(model, loaders, loss, settings) -> Learner:
     "A fastai `Learner` with the paper's AdamW and no callbacks but the recorder."
     adamw = partial(OptimWrapper, opt=torch.optim.AdamW, betas=settings.betas, fused=True)
@@ -306,7 +310,7 @@ def make_learner(model, loaders, loss, settings) -> Learner:
     learner.logger = lambda *args: None
     return learner
 
-# %% ../nbs/21_training.ipynb #c54eaa51
+# %% ../nbs/21_training.ipynb #7b9db719
 def train_phase(model,            # on the device
                 loaders,          # training and validation `BatchLoader`
                 loss,             # of (prediction, target)
@@ -327,7 +331,7 @@ def train_phase(model,            # on the device
         with learner.distrib_ctx(sync_bn=False), closing(bar):
             learner.fit(settings.epochs, cbs=[*callbacks, *cbs], start_epoch=start)
 
-# %% ../nbs/21_training.ipynb #84880963
+# %% ../nbs/21_training.ipynb #27b037e2
 def autoencoder_loss(output, images):
     "The loss that a `MaskedAutoencoder` returns first; the images are its own target."
     return output[0]
@@ -355,7 +359,7 @@ def _finish(folder: Path, model, preprocessing: Preprocessing) -> Trained:
     distrib_barrier()
     return load_trained(folder)
 
-# %% ../nbs/21_training.ipynb #6c074611
+# %% ../nbs/21_training.ipynb #f4505959
 def pretrain(stamps: StampSet,                  # images; redshifts are not looked at
              rows: np.ndarray,                  # row numbers to train on
              watch_rows: np.ndarray,            # row numbers to watch the loss on
@@ -374,7 +378,7 @@ def pretrain(stamps: StampSet,                  # images; redshifts are not look
     check_run(folder, description)
     check_settings(settings)
     if _is_finished(folder): return load_trained(folder)
-    images = fit_normalisation(stamps, rows, settings.normalisation)
+    images = fit_normalisation(stamps, rows, settings.normalisation, settings.softening)
     preprocessing = Preprocessing(stamps.bands, stamps.pixel_scale, stamps.unit, model.image_size,
                                   images)
     loaders = make_loaders(stamps, rows, watch_rows, "images", preprocessing, settings, device,
@@ -386,13 +390,13 @@ def pretrain(stamps: StampSet,                  # images; redshifts are not look
                 progress, cbs)
     return _finish(folder, autoencoder, preprocessing)
 
-# %% ../nbs/21_training.ipynb #f487e8a9
+# %% ../nbs/21_training.ipynb #fee46863
 def redshift_scale(stamps: StampSet, rows: np.ndarray) -> dict: # fields of a `RedshiftConfig`
     "Mean and standard deviation of the redshifts of the training rows."
     z_spec = stamps.redshifts()[rows]
     return {"redshift_mean": float(z_spec.mean()), "redshift_std": float(z_spec.std())}
 
-# %% ../nbs/21_training.ipynb #dead6b33
+# %% ../nbs/21_training.ipynb #67300a6e
 def match_encoder(network: RedshiftConfig,       # an architecture
                   autoencoder: MAEConfig         # that of the pretrained weights
                  ) -> RedshiftConfig:            # the same, with the autoencoder's sizes
@@ -400,7 +404,7 @@ def match_encoder(network: RedshiftConfig,       # an architecture
     sizes = {field.name: getattr(autoencoder, field.name) for field in fields(EncoderConfig)}
     return replace(network, **{**sizes, "encoder": network.encoder})
 
-# %% ../nbs/21_training.ipynb #7f2a976d
+# %% ../nbs/21_training.ipynb #b49db4dc
 def check_labels(stamps: StampSet, rows: np.ndarray, part: str): # training, validation or test
     "Refuse rows without a spectroscopic redshift or without magnitudes."
     complete = {"z_spec": stamps.labelled, "mag_*": np.isfinite(stamps.magnitudes()).all(axis=1)}
@@ -411,7 +415,7 @@ def check_labels(stamps: StampSet, rows: np.ndarray, part: str): # training, val
                              f"of the {len(rows)} {part} rows (the first is row {missing[0]}); "
                              "leave them out with --where, or mend them.")
 
-# %% ../nbs/21_training.ipynb #ff3fbdab
+# %% ../nbs/21_training.ipynb #788152a3
 def weights_digest(model: torch.nn.Module) -> str: # sixteen hexadecimal digits
     "A short fingerprint of all weights of a model."
     digest = hashlib.sha256()
@@ -420,7 +424,7 @@ def weights_digest(model: torch.nn.Module) -> str: # sixteen hexadecimal digits
         digest.update(tensor.detach().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/21_training.ipynb #f054b2bb
+# %% ../nbs/21_training.ipynb #c3d85f7b
 def _adapted(network: RedshiftConfig, stamps, rows, settings, autoencoder) -> RedshiftConfig:
     "A network with the set's bands, the autoencoder's sizes, and the scale of the redshifts."
     network = replace(network, channels=len(stamps.bands))
@@ -429,7 +433,7 @@ def _adapted(network: RedshiftConfig, stamps, rows, settings, autoencoder) -> Re
         network = match_encoder(network, autoencoder.model.config)
     return replace(network, **redshift_scale(stamps, rows)) if settings.scale_redshift else network
 
-# %% ../nbs/21_training.ipynb #5d4198e0
+# %% ../nbs/21_training.ipynb #f3343e4e
 def finetune(stamps: StampSet,                  # images, magnitudes, redshifts
              rows: np.ndarray,                  # row numbers to train on
              valid_rows: np.ndarray,            # row numbers to watch the loss on
@@ -458,7 +462,7 @@ def finetune(stamps: StampSet,                  # images, magnitudes, redshifts
     check_settings(settings)
     if _is_finished(folder): return load_trained(folder)
     images = (autoencoder.preprocessing.images if autoencoder
-              else fit_normalisation(stamps, rows, settings.normalisation))
+              else fit_normalisation(stamps, rows, settings.normalisation, settings.softening))
     magnitudes = fit_normalisation(stamps.magnitudes(), rows, settings.magnitude_normalisation)
     preprocessing = Preprocessing(stamps.bands, stamps.pixel_scale, stamps.unit, network.image_size,
                                   images, magnitudes)

@@ -181,7 +181,8 @@ def test_ways_of_pretraining_differ_in_one_thing_and_share_what_is_alike(stamps,
                    pretraining=replace(TINY.pretraining, epochs=3, warmup_epochs=1.5))
     home = run_encoder(stamps, tmp_path/"run", plan, **QUIET)/"seed-42"
     curve = read(home/"curve.json")
-    names = ["as planned", "pcm masking kernel1", "normalisation none", "BatchNorm of masked images",
+    names = ["as planned", "pcm masking kernel1", "normalisation none", "softening of 5 sigma",
+             "softening of 20 sigma", "BatchNorm of masked images",
              "a third of the epochs", "a third of the rate", "three times the rate"]
     assert [point["x"] for point in curve if point["name"] == "pcm-ViT"] == names
     folders = {name: home/f"encoder-{name.replace(' ', '-')}" for name in names}
@@ -189,15 +190,16 @@ def test_ways_of_pretraining_differ_in_one_thing_and_share_what_is_alike(stamps,
                if (folder/"pretraining-pcm").exists()}
     assert set(names) - set(trained) == {"BatchNorm of masked images"}  # takes that of the plan
     assert [trained[name]["model"]["pcm_masking"] for name in trained] == [
-        "grid", "kernel1", "grid", "grid", "grid", "grid"]
+        "grid", "kernel1", "grid", "grid", "grid", "grid", "grid", "grid"]
+    assert [trained[name]["settings"]["softening"] for name in trained] == [1, 1, 1, 5, 20, 1, 1, 1]
     assert [trained[name]["settings"]["normalisation"] for name in trained] == [
-        "arcsinh", "arcsinh", "none", "arcsinh", "arcsinh", "arcsinh"]
-    assert [trained[name]["settings"]["epochs"] for name in trained] == [3, 3, 3, 1, 3, 3]
+        "arcsinh", "arcsinh", "none", *5*["arcsinh"]]
+    assert [trained[name]["settings"]["epochs"] for name in trained] == [3, 3, 3, 3, 3, 1, 3, 3]
     rates = [trained[name]["settings"]["peak_rate"] for name in trained]
-    assert rates == pytest.approx([rates[0]*times for times in (1, 1, 1, 1, 1/3, 3)])
+    assert rates == pytest.approx([rates[0]*times for times in (1, 1, 1, 1, 1, 1, 1/3, 3)])
     statistics = [read(folder/"networks"/"pcm-ViT"/"run.json")["settings"]["whole_image_statistics"]
                   for folder in folders.values()]
-    assert statistics == [True, True, True, False, True, True, True]
+    assert statistics == [True, True, True, True, True, False, True, True, True]
 
 
 def test_fewer_labels_are_shown_more_often(stamps, tmp_path):
