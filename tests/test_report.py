@@ -427,6 +427,16 @@ def test_a_run_of_another_version_is_refused(tmp_path, change):
     with pytest.raises(InputError, match="run.json is damaged or was written by another version; "): report(folder)
 
 
+def test_a_run_that_is_older_than_a_setting_had_its_default(tmp_path):
+    folder = write_run(tmp_path/"run")
+    description = json.loads((folder/"run.json").read_text())
+    del description["plan"]["pretraining"]["softening"], description["plan"]["finetuning"]["softening"]
+    write_json(folder/"run.json", description)
+    assert read_run(folder).plan["pretraining"]["softening"] == 1
+    report(folder)
+    assert "softening" not in (folder/"report.md").read_text()
+
+
 @pytest.mark.parametrize("name,text", [
     ("run.json", "5"), ("environment.json", "5"), ("seed-42/metrics.json", "{}"), ("seed-42/metrics.json", "[5]"),
     ("seed-42/metrics.json", '[{"name": "pcm-AstroMAE", "n": 3, "errors": {}, "mae": 1}]'),
