@@ -6,7 +6,7 @@
 __all__ = ['EXPERIMENT_1', 'required_columns', 'check_catalogue', 'tidy_catalogue', 'known_names', 'as_table', 'house_catalogue',
            'in_degrees', 'matching_rows', 'duplicates', 'split']
 
-# %% ../nbs/00_catalogue.ipynb #3999d241
+# %% ../nbs/00_catalogue.ipynb #f390a7bb
 import difflib, re
 from collections import Counter
 from typing import Iterable
@@ -22,7 +22,7 @@ from scipy.sparse.csgraph import connected_components
 from .errors import InputError
 from .survey import BANDS, EXTINCTION_PER_EBV
 
-# %% ../nbs/00_catalogue.ipynb #03a05959
+# %% ../nbs/00_catalogue.ipynb #9dbd4dd0
 def required_columns(bands: Iterable[str] = BANDS # names of the bands
                     ) -> list[str]:               # names of the columns
     "The columns without which a catalogue is refused."
@@ -46,7 +46,7 @@ def check_catalogue(catalogue: Table, bands: Iterable[str], # names of the bands
     if catalogue["objid"].dtype.kind not in "iu" or np.ma.is_masked(catalogue["objid"]):
         raise InputError(f"the column 'objid' of {where} must be whole numbers, one for every row.")
 
-# %% ../nbs/00_catalogue.ipynb #8d1bf6fa
+# %% ../nbs/00_catalogue.ipynb #c01b46f4
 def tidy_catalogue(catalogue: Table, bands: Iterable[str]) -> Table: # with the same columns
     "The same catalogue with the house's types; other columns are shared, not copied."
     tidy = Table(catalogue, copy=False)
@@ -64,7 +64,7 @@ def _as_floats(values) -> np.ndarray:
     if not np.ma.is_masked(values): return np.asarray(values, float)
     return np.ma.filled(np.ma.asarray(values).astype(float), np.nan)
 
-# %% ../nbs/00_catalogue.ipynb #759fece4
+# %% ../nbs/00_catalogue.ipynb #fc1204f5
 def known_names(names: Iterable[str],         # of somebody's columns
                 bands: Iterable[str] = BANDS  # names of the bands
                ) -> dict[str, str]:           # their name -> the house's name
@@ -86,7 +86,7 @@ def known_names(names: Iterable[str],         # of somebody's columns
         if found and not taken: renamed[found] = ours
     return renamed
 
-# %% ../nbs/00_catalogue.ipynb #dd9c03e2
+# %% ../nbs/00_catalogue.ipynb #3d904183
 def _reddening(table: Table, where: str) -> np.ndarray:
     "E(B-V) of every row: from the catalogue, else from the map of Schlegel et al. (1998)."
     for name in ("ebv", "EBV", "E(B-V)"):
@@ -116,7 +116,7 @@ def _deredden(table: Table, bands, where: str):
         table[f"mag_{band}"] = (_above(-99, table[f"modelMag_{band}"])
                                 - _above(-99, table[f"ext_{band}"]))
 
-# %% ../nbs/00_catalogue.ipynb #73945bf3
+# %% ../nbs/00_catalogue.ipynb #c38b9e09
 def as_table(catalogue,                    # `Table`, record array, DataFrame or dict
              where: str = "the catalogue"  # what to call it in an error
             ) -> Table:                    # whose columns are shared, where that can be
@@ -150,13 +150,14 @@ def house_catalogue(catalogue,                    # `Table`, record array, DataF
     for name, floor in floors.items(): table[name] = _above(floor, _numbers(table, name, where))
     return table, filled
 
-# %% ../nbs/00_catalogue.ipynb #c1082ec0
+# %% ../nbs/00_catalogue.ipynb #dafa43b9
 def in_degrees(angles, # a column
                what: str # what to call it in an error
               ):       # a column, or an array if the column said that it is in another unit
-    "Angles in degrees, which they are in if the column does not say its unit."
+    "Angles in degrees, which they are in unless the column says another unit that astropy knows."
     unit = getattr(angles, "unit", None)
-    if unit in (None, u.deg): return angles
+    known = unit is not None and not isinstance(unit, u.UnrecognizedUnit)
+    if not known or unit in (u.deg, u.dimensionless_unscaled): return angles
     try: return _as_floats(angles)*unit.to(u.deg)
     except (u.UnitConversionError, TypeError, ValueError) as error: raise InputError(
         f"the column {what} is in {unit}, which is no angle; give degrees.") from error
@@ -191,7 +192,7 @@ def _whole_numbers(values, where) -> np.ndarray:
     except (ValueError, TypeError) as error: raise InputError(
         f"the column 'objid' of {where} must be whole numbers, one for every row.") from error
 
-# %% ../nbs/00_catalogue.ipynb #277ff48f
+# %% ../nbs/00_catalogue.ipynb #6bd4f7b2
 def matching_rows(catalogue: Table,
                   condition: str,              # such as `z_spec <= 0.4 and mag_r < 17.8`
                   names: dict|None = None,     # other names that may be used -> the column's name
@@ -228,7 +229,7 @@ def matching_rows(catalogue: Table,
         f"no galaxy of {where} meets the condition {condition!r}; ask for less.")
     return rows
 
-# %% ../nbs/00_catalogue.ipynb #07bcab61
+# %% ../nbs/00_catalogue.ipynb #9d776fb2
 def duplicates(catalogue: Table,   # with `objid`, and `ra` and `dec` where they are known
                radius: float = 1.  # closer than this is the same galaxy, arcsec
               ) -> np.ndarray:     # (N,) number of the galaxy, the same for all its rows
@@ -249,7 +250,7 @@ def duplicates(catalogue: Table,   # with `objid`, and `ra` and `dec` where they
     graph = coo_array((np.ones(len(rows), bool), (rows, others)), shape=(n, n))
     return connected_components(graph, directed=False)[1]
 
-# %% ../nbs/00_catalogue.ipynb #36e37170
+# %% ../nbs/00_catalogue.ipynb #db5a7287
 EXPERIMENT_1 = {"unlabelled": 0.8, "watch": 0.1, "train": 0.07, "valid": 0.01, "test": 0.02}
 
 def _smallest_objid(catalogue: Table) -> np.ndarray: # (N,)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODELS', 'Preprocessing', 'preprocessing_from_dict', 'check_bands', 'save_model', 'load_model']
 
-# %% ../nbs/13_models.ipynb #c5d33f33
-import json, math
+# %% ../nbs/13_models.ipynb #3d2a7f78
+import json, math, shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from .mae import MAEConfig, MaskedAutoencoder
 from .redshift import RedshiftConfig, RedshiftNetwork
 from .survey import BANDS, PIXEL_SCALE
 
-# %% ../nbs/13_models.ipynb #3149d484
+# %% ../nbs/13_models.ipynb #db0be5fa
 @dataclass(frozen=True)
 class Preprocessing:
     "What is done to a stamp and its magnitudes before a network sees them."
@@ -32,7 +32,7 @@ class Preprocessing:
     images: Normalisation = field(default_factory=Normalisation)      # of the pixels
     magnitudes: Normalisation = field(default_factory=Normalisation)  # of the magnitudes
 
-# %% ../nbs/13_models.ipynb #cce212a4
+# %% ../nbs/13_models.ipynb #7a67b52e
 def _tuples(values: dict) -> dict:
     "The same dictionary with lists as tuples, as frozen dataclasses hold them."
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -42,7 +42,7 @@ def preprocessing_from_dict(values: dict) -> Preprocessing:
     parts = {k: Normalisation(**_tuples(values[k])) for k in ("images", "magnitudes")}
     return Preprocessing(**{**_tuples(values), **parts})
 
-# %% ../nbs/13_models.ipynb #d7e04778
+# %% ../nbs/13_models.ipynb #c5d17bb1
 def check_bands(stamps: StampSet,             # what is to be looked at
                 preprocessing: Preprocessing): # what the model was made for
     "Refuse a stamp set of other bands, another unit or another pixel scale."
@@ -53,7 +53,7 @@ def check_bands(stamps: StampSet,             # what is to be looked at
             raise InputError(f"{stamps.folder} has {name} {theirs}, but the model was made for "
                              f"{ours}; use stamps of the same kind.")
 
-# %% ../nbs/13_models.ipynb #14de1986
+# %% ../nbs/13_models.ipynb #631dcbd9
 MODELS = {"MaskedAutoencoder": (MaskedAutoencoder, MAEConfig),
           "RedshiftNetwork": (RedshiftNetwork, RedshiftConfig)}
 
@@ -66,8 +66,9 @@ def save_model(folder,                        # where to; a model that is there 
         (new/"README.md").unlink(missing_ok=True) # the library's card speaks of its hub
         description = {"model": type(model).__name__, **asdict(preprocessing)}
         (new/"preprocessing.json").write_text(json.dumps(description, indent=2) + "\n")
+        shutil.copymode(new/"preprocessing.json", new/"model.safetensors") # else the owner's alone
 
-# %% ../nbs/13_models.ipynb #d593ffd1
+# %% ../nbs/13_models.ipynb #2fc13280
 def _read_json(file: Path) -> dict:
     "The dictionary in a JSON file of a model folder."
     if not file.exists():
@@ -76,7 +77,7 @@ def _read_json(file: Path) -> dict:
     except ValueError as error:
         raise InputError(f"{file} is not JSON ({error}); copy or train the model again.") from error
 
-# %% ../nbs/13_models.ipynb #aae1ddb4
+# %% ../nbs/13_models.ipynb #8cd3c5df
 def load_model(folder,                 # a folder that `save_model` wrote
                device=None,            # where to; None: a GPU if there is one
                kind: str|None = None   # refuse another: `MaskedAutoencoder` or `RedshiftNetwork`

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from astropy import units as u
-from astropy.table import QTable, Table
+from astropy.table import Column, QTable, Table
 
 from astromae.catalogue import (EXPERIMENT_1, check_catalogue, duplicates, house_catalogue, known_names,
                                 matching_rows, required_columns, split)
@@ -574,6 +574,8 @@ def test_positions_are_brought_into_degrees(tmp_path):
     hours = QTable({"ra": [10., 12.]*u.hourangle, "dec": [600., 60.]*u.arcmin})
     got = house_catalogue(hours, 2)[0]
     assert got["ra"].tolist() == pytest.approx([150, 180]) and got["dec"].tolist() == pytest.approx([10, 1])
+    for unit in ("deg", "degrees", "Degree", ""):
+        assert house_catalogue(Table([Column([10., 12.], "ra", unit=unit)]), 2)[0]["ra"].tolist() == [10, 12]
     refused("which is no angle", house_catalogue, QTable({"ra": [1., 2.]*u.mag}), 2)
 
 

@@ -196,6 +196,11 @@ def test_settings_that_cannot_be_meant_claim_no_folder(home, tmp_path, wrong):
         assert not begun.exists()
 
 
+def test_a_model_may_be_read_by_those_who_may_read_other_files(home, tmp_path):
+    (tmp_path/"any").touch()
+    for file in (home/"unbroken"/"astromae"/"model").iterdir(): assert file.stat().st_mode == (tmp_path/"any").stat().st_mode
+
+
 @pytest.mark.parametrize("size", [32, 33])
 def test_stamps_that_cannot_be_turned_about_their_galaxy(home, size):
     trained = load_model(home/"unbroken"/"astromae"/"model", "cpu")
