@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'ACCURACY', 'MAGNITUDE_METHODS', 'CLOSING', 'Comparison', 'render_stamps', 'folder_name', 'finetune_networks',
-           'train_networks', 'magnitude_methods', 'predict_from_magnitudes', 'prediction_columns', 'predict_test_part',
-           'score_column', 'is_finite', 'score', 'format_scores', 'judgement', 'paired_ratio', 'ratio_sentence',
-           'compare_two', 'verdict', 'save_figure', 'draw_reconstructions', 'draw_losses', 'draw_rates', 'draw_figures',
-           'compare', 'finetune_and_score', 'run_demo']
+           'check_parts', 'train_networks', 'magnitude_methods', 'predict_from_magnitudes', 'prediction_columns',
+           'predict_test_part', 'score_column', 'is_finite', 'score', 'format_scores', 'judgement', 'paired_ratio',
+           'ratio_sentence', 'compare_two', 'verdict', 'save_figure', 'draw_reconstructions', 'draw_losses',
+           'draw_rates', 'draw_figures', 'compare', 'finetune_and_score', 'run_demo']
 
-# %% ../nbs/50_comparison.ipynb #adab439b
+# %% ../nbs/50_comparison.ipynb #cb6d55c9
 import math
 import re
 from collections.abc import Iterable
@@ -42,7 +42,7 @@ from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
                                PretrainSettings, Trained, check_labels, claim_run, finetune,
                                pretrain, schedule_of)
 
-# %% ../nbs/50_comparison.ipynb #8dc33333
+# %% ../nbs/50_comparison.ipynb #1d0a931a
 @dataclass(frozen=True)
 class Comparison:
     "What is rendered, trained and compared."
@@ -57,7 +57,7 @@ class Comparison:
 
 DEMO = Comparison()
 
-# %% ../nbs/50_comparison.ipynb #9c534d55
+# %% ../nbs/50_comparison.ipynb #664684c8
 ACCURACY = Comparison(
     experiment="accuracy", networks=("pcm-AstroMAE", "Henghes et al."), views=8,
     autoencoder=MAEConfig(encoder="pcm", depth=4, decoder_depth=2),
@@ -66,7 +66,7 @@ ACCURACY = Comparison(
     finetuning=replace(FINETUNE_PRESETS["demo"], epochs=60, cycle=60, rate=1e-3, batch_size=32,
                        checkpoint_every=4))
 
-# %% ../nbs/50_comparison.ipynb #990bc471
+# %% ../nbs/50_comparison.ipynb #2b15eb22
 def render_stamps(folder: Path, galaxies: int, seed: int, progress: bool) -> StampSet:
     "The packaged galaxies as a stamp set, rendered unless the folder has them already."
     if folder.exists(): return StampSet.open(folder)
@@ -78,7 +78,7 @@ def render_stamps(folder: Path, galaxies: int, seed: int, progress: bool) -> Sta
     return write_stamp_set(folder, chunks, len(catalogue), dtype="float16",
                            origin="SDSS redshifts and colours are real, the pixels simulated")
 
-# %% ../nbs/50_comparison.ipynb #af0bffe1
+# %% ../nbs/50_comparison.ipynb #27245923
 def folder_name(name: str) -> str: # letters, digits and hyphens
     "The name of a network as the name of a folder."
     return re.sub(r"[^\w-]+", "-", name).strip("-")
@@ -98,6 +98,10 @@ def finetune_networks(folder: Path,        # each network gets a folder in it
                            device, in_memory, title=name, progress=progress, cbs=cbs)
             for name, network in networks.items()}
 
+def check_parts(stamps: StampSet, rows: dict): # from `split_rows`
+    "Refuse parts for the networks in which a redshift or a magnitude is missing."
+    for part in ("train", "valid", "test"): check_labels(stamps, rows[part], part)
+
 def train_networks(folder: Path,        # of the comparison
                    stamps: StampSet,
                    rows: dict,          # from `split_rows`
@@ -114,7 +118,7 @@ def train_networks(folder: Path,        # of the comparison
                                           replace(settings.finetuning, seed=settings.seed),
                                           autoencoders, device, progress)
 
-# %% ../nbs/50_comparison.ipynb #0d8188d4
+# %% ../nbs/50_comparison.ipynb #622822bd
 MAGNITUDE_METHODS = (*BASELINES, "template fit")
 
 def magnitude_methods(stamps: StampSet) -> tuple: # names
@@ -136,7 +140,7 @@ def predict_from_magnitudes(name: str,          # of `MAGNITUDE_METHODS`
     errors = np.stack([np.asarray(stamps.catalogue[column]) for column in columns], axis=1)
     return template_fit(*known, errors[train], errors[test], seed=seed)
 
-# %% ../nbs/50_comparison.ipynb #3d658592
+# %% ../nbs/50_comparison.ipynb #e047cb95
 def prediction_columns(stamps: StampSet,
                        rows: dict,          # from `split_rows`
                        networks: dict,      # name -> trained network
@@ -169,7 +173,7 @@ def predict_test_part(file: Path,       # the table; what it has not yet is adde
         write_predictions(table, file)
     return table
 
-# %% ../nbs/50_comparison.ipynb #6c71b3c6
+# %% ../nbs/50_comparison.ipynb #46c52388
 def score_column(z_phot: np.ndarray, z_spec: np.ndarray) -> dict: # see `evaluate`
     "The metrics of a column of predictions; None for each if it is not finite."
     if np.isfinite(z_phot).all(): return evaluate(z_phot, z_spec)
@@ -196,7 +200,7 @@ def format_scores(scores: list) -> str:
         lines.append(f"{row['name']:22}{row['n']:>6}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 
-# %% ../nbs/50_comparison.ipynb #bb7e7ef0
+# %% ../nbs/50_comparison.ipynb #4ac073a5
 def judgement(low: float, high: float # ends of the interval of a ratio of scatters
              ) -> str:
     "Is the first of two ahead?"
@@ -225,7 +229,7 @@ def verdict(table: Table, networks: tuple) -> str:
     return "\n".join(compare_two(table, networks[0], name) for name in (mark, *networks[1:2])
                      if is_finite(table, name))
 
-# %% ../nbs/50_comparison.ipynb #6ba72d70
+# %% ../nbs/50_comparison.ipynb #40092545
 def save_figure(figure: plt.Figure, file: Path):
     "Write a figure as PNG and close it."
     with write_aside(file) as new: figure.savefig(new, format="png", dpi=130, bbox_inches="tight")
@@ -250,7 +254,7 @@ def draw_reconstructions(autoencoder: Trained, stamps: StampSet, rows: np.ndarra
         restored = preprocessing.images.inverse(reconstruct(model, seen, noise))
     return plot_reconstructions(images, mask, restored, n=n, bands=bands)
 
-# %% ../nbs/50_comparison.ipynb #e5b9686e
+# %% ../nbs/50_comparison.ipynb #3cd538e8
 def draw_losses(logs: dict) -> plt.Figure: # name -> what a run wrote down, see `plot_losses`
     "The losses of every run, two panels in a row."
     figure, axes = plt.subplots(math.ceil(len(logs)/2), 2, figsize=(9, 2.8*math.ceil(len(logs)/2)))
@@ -268,7 +272,7 @@ def draw_rates(pretraining: PretrainSettings, finetuning: FinetuneSettings) -> p
     figure.tight_layout()
     return figure
 
-# %% ../nbs/50_comparison.ipynb #6efe4f59
+# %% ../nbs/50_comparison.ipynb #82aba337
 def draw_figures(folder: Path, stamps: StampSet, rows: dict, settings: Comparison,
                  autoencoder: Trained, networks: dict, predictions: Table):
     "Write every figure of a comparison into its folder."
@@ -284,7 +288,7 @@ def draw_figures(folder: Path, stamps: StampSet, rows: dict, settings: Compariso
     figures["losses"] = draw_losses({name: run.history for name, run in runs.items()})
     for name, figure in figures.items(): save_figure(figure, folder/f"{name}.png")
 
-# %% ../nbs/50_comparison.ipynb #2aec704f
+# %% ../nbs/50_comparison.ipynb #73427a26
 def compare(folder,                        # everything is written here; goes on where it stopped
             settings: Comparison = DEMO,
             stamps=None,                   # folder of a stamp set; None: rendered in it
@@ -296,6 +300,7 @@ def compare(folder,                        # everything is written here; goes on
     stamps = (render_stamps(folder/"stamps", settings.galaxies, settings.seed, progress)
               if stamps is None else StampSet.open(stamps))
     rows = split_rows(stamps, settings.experiment, settings.seed)
+    check_parts(stamps, rows)
     autoencoder, networks = train_networks(folder, stamps, rows, settings, device, progress)
     columns = prediction_columns(stamps, rows, networks, settings.views, settings.seed, device,
                                  progress, magnitude_methods(stamps))
@@ -308,7 +313,7 @@ def compare(folder,                        # everything is written here; goes on
         save_model(folder/"model", best.model, best.preprocessing)
     return scores
 
-# %% ../nbs/50_comparison.ipynb #6bd07c2a
+# %% ../nbs/50_comparison.ipynb #f73453bd
 def finetune_and_score(stamps: StampSet, folder, network: str, settings: FinetuneSettings,
                        experiment: str, pretrained=None, device: str|None = None,
                        in_memory: bool = False) -> str|None:
@@ -316,8 +321,7 @@ def finetune_and_score(stamps: StampSet, folder, network: str, settings: Finetun
     config = architecture(network)
     folder = Path(folder)
     rows = split_rows(stamps, experiment, settings.seed)
-    for part, name in (("train", "training"), ("valid", "validation"), ("test", "test")):
-        check_labels(stamps, rows[part], name)
+    check_parts(stamps, rows)
     trained = finetune(stamps, rows["train"], rows["valid"], folder, config, settings,
                        pretrained, device, in_memory, title=network)
     if rank_distrib(): return None
@@ -330,7 +334,7 @@ def finetune_and_score(stamps: StampSet, folder, network: str, settings: Finetun
         save_figure(figure, folder/"scatter.png")
     return f"{format_scores(scores)}\nThe model and what it predicts are in {folder}"
 
-# %% ../nbs/50_comparison.ipynb #b3c923cd
+# %% ../nbs/50_comparison.ipynb #e9c7d51f
 CLOSING = """
 redshifts and colours are real SDSS, the pixels are simulated
 

@@ -6,7 +6,7 @@
 __all__ = ['centre_crop', 'table_bytes', 'check_destination', 'write_stamp_set', 'StampSet', 'row_numbers', 'digest_rows',
            'SelectedImages', 'StampSource', 'write_source', 'import_arrays']
 
-# %% ../nbs/03_dataset.ipynb #ba51e22d
+# %% ../nbs/03_dataset.ipynb #3b3d66c5
 import fcntl, hashlib, io, json, shutil, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +28,7 @@ from .catalogue import (as_table, check_catalogue, duplicates, house_catalogue,
 from .errors import InputError, from_os_error, replace, write_aside, write_json
 from .survey import BANDS, PIXEL_SCALE
 
-# %% ../nbs/03_dataset.ipynb #a96996c4
+# %% ../nbs/03_dataset.ipynb #c2b778d9
 def _as_stored(images,           # (k, B, H, W) stamps as they come
                shape: tuple,     # what (B, H, W) must be
                dtype: np.dtype,  # of the pixels on disk
@@ -52,7 +52,7 @@ def _as_stored(images,           # (k, B, H, W) stamps as they come
         f"in {images.dtype}, and so have {len(bad) - 1} more of these {len(images)}; mend these "
         "stamps or leave them out.")
 
-# %% ../nbs/03_dataset.ipynb #8f1b1fe8
+# %% ../nbs/03_dataset.ipynb #5531bb17
 def centre_crop(images,    # (..., H, W) tensor or array
                 size: int  # side of the crop, pixels
                ):          # (..., size, size), a view; the galaxy's pixel is (size//2, size//2)
@@ -64,7 +64,7 @@ def centre_crop(images,    # (..., H, W) tensor or array
     y, x = height//2 - size//2, width//2 - size//2
     return images[..., y:y + size, x:x + size]
 
-# %% ../nbs/03_dataset.ipynb #8f165489
+# %% ../nbs/03_dataset.ipynb #e244e680
 class _HashedFile:
     "A file whose bytes are written, and added to its SHA-256, while the next ones are made."
     def __init__(self, path, sha256=None, journal=None):
@@ -104,7 +104,7 @@ class _HashedFile:
             digest = digest.result()
             if self.journal: print(end, digest, file=self.journal, flush=True)
 
-# %% ../nbs/03_dataset.ipynb #039e4774
+# %% ../nbs/03_dataset.ipynb #3c03938f
 def _npy_header(shape: tuple, dtype: np.dtype) -> bytes:
     "How a `.npy` of C-ordered numbers begins."
     header = io.BytesIO()
@@ -129,7 +129,7 @@ def _write_blocks(file: _HashedFile, blocks, shape, dtype, row: int, progress: b
         f"{row:,} stamps came where {n:,} were announced; announce what comes, at least one.")
     return file.sha256.hexdigest()
 
-# %% ../nbs/03_dataset.ipynb #3dc5a96d
+# %% ../nbs/03_dataset.ipynb #045739ff
 def _write_catalogue(path, catalogue: Table, rows: np.ndarray, bands) -> str:
     "Write rows of the catalogue as a FITS table; return its SHA-256."
     catalogue = tidy_catalogue(catalogue, bands)
@@ -168,10 +168,12 @@ def _finish(folder: Path, catalogue: Table, rows: np.ndarray, sha256: str, **des
     write_json(folder/"description.json",
                description | {"n": len(rows), "galaxies": galaxies, "checksums": sums})
 
-# %% ../nbs/03_dataset.ipynb #67790154
+# %% ../nbs/03_dataset.ipynb #5250205e
 def check_destination(folder: Path,    # where a stamp set is to be
                       overwrite: bool): # may it replace one that is there?
     "Refuse a destination that holds something which may not be replaced."
+    if folder.resolve() == Path.cwd(): raise InputError(
+        f"{folder} is the folder you are in, which cannot be replaced; name another one.")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())): return
     if not (folder/"description.json").is_file(): raise InputError(
         f"{folder} is there already and is no stamp set; choose another name.")
@@ -194,7 +196,7 @@ def _with_objid(chunks, tables: list, bands) -> Iterator:
         tables.append(table)
         yield images, table["objid"]
 
-# %% ../nbs/03_dataset.ipynb #30764c10
+# %% ../nbs/03_dataset.ipynb #7899c12f
 @contextmanager
 def _unfinished(folder: Path, keep: bool):
     "Lock and yield the hidden folder beside `folder`; it stays after an interruption if `keep`."
@@ -226,7 +228,7 @@ def _empty(part: Path):
         elif path.name != "lock": path.unlink()
     (part/"set").mkdir()
 
-# %% ../nbs/03_dataset.ipynb #0f6f6a51
+# %% ../nbs/03_dataset.ipynb #640879c0
 def write_stamp_set(
     folder,                         # where the set is to be
     chunks: Iterable,               # pairs of images (k, B, H, W) and `Table` of k rows
@@ -259,7 +261,7 @@ def write_stamp_set(
         replace(new, folder)
     return StampSet.open(folder)
 
-# %% ../nbs/03_dataset.ipynb #f205ab63
+# %% ../nbs/03_dataset.ipynb #e1b79664
 class StampSet:
     "Galaxy stamps and their catalogue in one folder; pixels stay on disk until they are asked for."
     def __init__(self,
@@ -283,7 +285,7 @@ class StampSet:
                 f"in {''.join(self.bands)}, {self.labelled.sum():,} with redshift, "
                 f"{self.images.dtype})")
 
-# %% ../nbs/03_dataset.ipynb #24083cf9
+# %% ../nbs/03_dataset.ipynb #f278d134
 @patch
 def magnitudes(self: StampSet) -> np.ndarray: # (N, B) float32, AB mag
     "Dereddened magnitudes in the order of the bands."
@@ -300,7 +302,7 @@ def labelled(self: StampSet) -> np.ndarray: # (N,) bool
     "True where a galaxy has a spectroscopic redshift."
     return np.isfinite(self.redshifts())
 
-# %% ../nbs/03_dataset.ipynb #a727654d
+# %% ../nbs/03_dataset.ipynb #46119fe4
 @contextmanager
 def _judging(path):
     "Say in one sentence whatever goes wrong when the file `path` of a stamp set is read."
@@ -339,7 +341,7 @@ def open(cls: StampSet, folder): # the folder of a stamp set
         check_catalogue(catalogue, description["bands"], folder/"catalogue.fits")
         return cls(folder, images, catalogue, description)
 
-# %% ../nbs/03_dataset.ipynb #a564145c
+# %% ../nbs/03_dataset.ipynb #934ddf9e
 def _sha256(path) -> str:
     "SHA-256 of a file, which `sha256sum` prints too."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
@@ -352,7 +354,7 @@ def verify(self: StampSet) -> StampSet: # the set itself
             if _sha256(self.folder/name) != sha256: raise ValueError("its checksum is another")
     return self
 
-# %% ../nbs/03_dataset.ipynb #cd193b23
+# %% ../nbs/03_dataset.ipynb #429bf8a7
 def row_numbers(rows,         # row numbers, a mask of n, or None for all
                 n: int        # number of rows there are
                ) -> np.ndarray: # (k,) row numbers
@@ -370,7 +372,7 @@ def digest_rows(rows) -> str: # sixteen hexadecimal digits
     "A short fingerprint of an array of row numbers."
     return hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64)).hexdigest()[:16]
 
-# %% ../nbs/03_dataset.ipynb #29c29158
+# %% ../nbs/03_dataset.ipynb #6db66efb
 class SelectedImages:
     "Some rows of an array of stamps, which are read when they are asked for."
     def __init__(self,
@@ -408,7 +410,7 @@ def select(self: StampSet,
                     "selection": {"condition": condition, "rows": digest_rows(of_file)}}
     return StampSet(self.folder, SelectedImages(images, of_file), self.catalogue[rows], description)
 
-# %% ../nbs/03_dataset.ipynb #56e939f8
+# %% ../nbs/03_dataset.ipynb #79572f49
 @dataclass
 class StampSource:
     "Stamps that somebody else keeps: their catalogue, and their pixels block after block."
@@ -454,7 +456,7 @@ def _wanted(source: StampSource,
     if start != n: raise InputError(f"{source.origin} ends after {start:,} of its {n:,} stamps, or "
                                     "is longer than it says; fetch or write it again.")
 
-# %% ../nbs/03_dataset.ipynb #c8d06781
+# %% ../nbs/03_dataset.ipynb #c5e62b03
 def _whole_part(images: Path, journal: Path) -> tuple: # its length, and SHA-256 up to there
     "Cut an unfinished file and its journal to what is whole."
     end, good, lines, sha256 = 0, hashlib.sha256(), [], hashlib.sha256()
@@ -476,13 +478,13 @@ def _pick_up(part: Path, plan: dict) -> tuple: # length of what is there, SHA-25
     "What is whole of an earlier import with the same plan; nothing if its source cannot be told."
     old = (part/"plan.json").read_text() if (part/"plan.json").exists() else None
     plan = json.dumps(plan, default=str)
-    if old == plan and json.loads(plan)["fingerprint"]:
+    if old == plan and json.loads(plan)["fingerprint"] and (part/"set").is_dir():
         return _whole_part(part/"set"/"images.npy", part/"journal")
     _empty(part)
     with write_aside(part/"plan.json") as new: new.write_text(plan)
     return 0, hashlib.sha256()
 
-# %% ../nbs/03_dataset.ipynb #cdd5b035
+# %% ../nbs/03_dataset.ipynb #bcb7605a
 def write_source(source: StampSource,     # what a reader found
                  folder,                  # where the set is to be
                  dtype: str = "float32",  # of the pixels on disk, or `float16`
@@ -518,7 +520,7 @@ def write_source(source: StampSource,     # what a reader found
         replace(part/"set", folder)
     return StampSet.open(folder)
 
-# %% ../nbs/03_dataset.ipynb #f91908f6
+# %% ../nbs/03_dataset.ipynb #18086da7
 def import_arrays(cube,                          # (N, H, W, B) stamps, or (N, B, H, W)
                   catalogue,                     # `Table`, record array, DataFrame or dict
                   folder,                        # where the set is to be

@@ -9,7 +9,7 @@ __all__ = ['PLANS', 'NETWORKS', 'LEAST_TRAINING', 'MASK_RATIOS', 'PRETRAINING_EP
            'run_experiment', 'curve_points', 'run_pretrainings', 'run_mask_ratio', 'change_pretraining',
            'run_pretraining_epochs', 'encoder_variants', 'run_encoder', 'some_labels', 'run_label_efficiency']
 
-# %% ../nbs/51_runs.ipynb #f6bb4a51
+# %% ../nbs/51_runs.ipynb #dd2453e3
 import json
 import platform
 import subprocess
@@ -25,8 +25,8 @@ from fastai.torch_core import rank_distrib
 
 import astromae
 from .catalogue import split
-from .comparison import (finetune_networks, magnitude_methods, predict_test_part,
-                                 prediction_columns, score)
+from .comparison import (check_parts, finetune_networks, magnitude_methods,
+                                 predict_test_part, prediction_columns, score)
 from .dataset import StampSet
 from .errors import InputError, write_json
 from .experiments import EXPERIMENTS, experiment_named, split_rows
@@ -35,10 +35,10 @@ from .predict import embed, write_predictions
 from .probes import PROBES
 from .redshift import ARCHITECTURES, architecture
 from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
-                               PretrainSettings, check_labels, claim_run, match_encoder,
-                               pretrain, process_device, rank_and_world)
+                               PretrainSettings, claim_run, match_encoder, pretrain,
+                               process_device, rank_and_world)
 
-# %% ../nbs/51_runs.ipynb #0e10480d
+# %% ../nbs/51_runs.ipynb #7deda590
 @dataclass(frozen=True)
 class Plan:
     "What is pretrained, fine-tuned and compared; the defaults are the paper's experiment 1."
@@ -63,7 +63,7 @@ class Plan:
             f"the seeds are {', '.join(map(str, self.seeds))}; choose numbers from 0 to "
             f"{2**32 - 1}.")
 
-# %% ../nbs/51_runs.ipynb #e902e318
+# %% ../nbs/51_runs.ipynb #9d728b76
 PLANS = {
     "paper": Plan(),
     "gpu-hour": Plan(
@@ -77,7 +77,7 @@ PLANS = {
         finetuning=replace(FINETUNE_PRESETS["demo"], epochs=25, cycle=25, rate=1e-3,
                            batch_size=32))}
 
-# %% ../nbs/51_runs.ipynb #3a1b343b
+# %% ../nbs/51_runs.ipynb #0ba0fad9
 NETWORKS = {**dict.fromkeys(EXPERIMENTS, tuple(ARCHITECTURES)),
             "2": ("pcm-AstroMAE", "Henghes et al."),
             **dict.fromkeys(("mask-ratio", "pretraining-epochs", "encoder"), ("pcm-ViT",)),
@@ -99,20 +99,20 @@ def plan_named(name: str = "1",       # one of `NETWORKS`: an experiment or a st
                    networks=tuple(networks) or NETWORKS[name],
                    seeds=tuple(seeds) or PLANS[preset].seeds)
 
-# %% ../nbs/51_runs.ipynb #030d948c
+# %% ../nbs/51_runs.ipynb #d388097e
 LEAST_TRAINING = 50
 
 def rows_of_seeds(stamps: StampSet, plan: Plan) -> dict: # seed -> rows, see `split_rows`
     "The parts of every seed; `InputError` where galaxies, redshifts or magnitudes are missing."
     rows = {seed: split_rows(stamps, plan.experiment, seed) for seed in plan.seeds}
     for parts in rows.values():
-        for part in ("train", "valid", "test"): check_labels(stamps, parts[part], part)
+        check_parts(stamps, parts)
         if len(parts["train"]) < LEAST_TRAINING: raise InputError(
             f"{stamps.folder} has {len(stamps)} stamps, which leaves {len(parts['train'])} to "
             f"train on in experiment {plan.experiment}; take a set that leaves {LEAST_TRAINING}.")
     return rows
 
-# %% ../nbs/51_runs.ipynb #d1fa65b8
+# %% ../nbs/51_runs.ipynb #57047c16
 def git_commit(folder: Path) -> str: # forty hexadecimal digits, or unknown
     "The commit that last changed a folder."
     try: said = subprocess.run(["git", "-C", folder, "log", "-1", "--format=%H", "--", "."],
@@ -129,7 +129,7 @@ def environment(device=None) -> dict: # name -> version, or what it is
             "machine": platform.platform(), "device": str(device),
             "processes": rank_and_world()[1], "threads": torch.get_num_threads()}
 
-# %% ../nbs/51_runs.ipynb #51a36730
+# %% ../nbs/51_runs.ipynb #68c89868
 def write_split(file: Path, stamps: StampSet, experiment: str, seed: int):
     "Write which part every row of the set is in."
     parts = split(stamps.catalogue, experiment_named(experiment).fractions, seed)
@@ -156,7 +156,7 @@ def begin_run(folder: Path, stamps: StampSet, plan: Plan, device,
         if not (file := folder/f"seed-{seed}"/"split.fits").exists():
             write_split(file, stamps, plan.experiment, seed)
 
-# %% ../nbs/51_runs.ipynb #35ff7468
+# %% ../nbs/51_runs.ipynb #7811932b
 def pretrained_kinds(networks: tuple) -> list: # of plain and pcm
     "The kinds of encoder that these networks want pretrained."
     wanted = [architecture(name) for name in networks]
@@ -170,7 +170,7 @@ def pretrain_encoders(folder: Path, stamps: StampSet, rows: dict, plan: Plan, se
                            replace(plan.pretraining, seed=seed), **where)
             for kind in pretrained_kinds(plan.networks)}
 
-# %% ../nbs/51_runs.ipynb #8bdad6af
+# %% ../nbs/51_runs.ipynb #9871fc8f
 def wait_for(file: Path, seconds: float = 0.5):
     "Return when a file is there; look again after some seconds."
     while not file.exists(): time.sleep(seconds)
@@ -202,7 +202,7 @@ def probe_columns(stamps: StampSet, train: np.ndarray, test: np.ndarray, network
     return {f"{kind} {name}": partial(by_probe, probe, kind)
             for kind in sorted({*frozen} - {"none"}) for name, probe in PROBES.items()}
 
-# %% ../nbs/51_runs.ipynb #9c51ce56
+# %% ../nbs/51_runs.ipynb #e1f793c3
 def run_networks(folder: Path,       # networks, predictions and metrics go there
                  stamps: StampSet,
                  rows: dict,         # from `split_rows`
@@ -230,7 +230,7 @@ def run_networks(folder: Path,       # networks, predictions and metrics go ther
     write_json(folder/"metrics.json", scores)
     return scores
 
-# %% ../nbs/51_runs.ipynb #1967c9cf
+# %% ../nbs/51_runs.ipynb #5237161c
 def run_experiment(stamps: StampSet,          # labelled where the experiment wants it
                    folder,                    # of the run; goes on where it stopped
                    plan: Plan = Plan(),
@@ -249,12 +249,12 @@ def run_experiment(stamps: StampSet,          # labelled where the experiment wa
                      magnitude_methods(stamps))
     return folder
 
-# %% ../nbs/51_runs.ipynb #aff29cda
+# %% ../nbs/51_runs.ipynb #0653f6eb
 def curve_points(variant: str, x: float, scores: list, **more) -> list: # one per score
     "The scores of one variant as points of a curve."
     return [{"variant": variant, "x": x, **more, **score} for score in scores]
 
-# %% ../nbs/51_runs.ipynb #0708d698
+# %% ../nbs/51_runs.ipynb #fbc48293
 def run_pretrainings(stamps: StampSet, folder, study: str,
                      plan: Plan,      # of all
                      plans: dict,     # value of the study -> plan
@@ -278,7 +278,7 @@ def run_pretrainings(stamps: StampSet, folder, study: str,
             if not rank_distrib(): write_json(home/"curve.json", curve)
     return folder
 
-# %% ../nbs/51_runs.ipynb #1ace201e
+# %% ../nbs/51_runs.ipynb #a487e9f7
 MASK_RATIOS = (0.25, 0.5, 0.6, 0.75, 0.9)
 
 def run_mask_ratio(stamps: StampSet,
@@ -294,7 +294,7 @@ def run_mask_ratio(stamps: StampSet,
              for ratio in ratios}
     return run_pretrainings(stamps, folder, "mask-ratio", plan, plans, device, progress, in_memory)
 
-# %% ../nbs/51_runs.ipynb #a952f8ae
+# %% ../nbs/51_runs.ipynb #0ffd512d
 def change_pretraining(plan: Plan, **settings) -> Plan:
     "The plan with some settings of pretraining otherwise."
     return replace(plan, pretraining=replace(plan.pretraining, **settings))
@@ -315,7 +315,7 @@ def run_pretraining_epochs(stamps: StampSet,
     return run_pretrainings(stamps, folder, "pretraining-epochs", plan, plans, device, progress,
                             in_memory)
 
-# %% ../nbs/51_runs.ipynb #0eb8d931
+# %% ../nbs/51_runs.ipynb #b62ad3a4
 SOFTENINGS = (5, 20) # of arcsinh, in sigma
 
 def encoder_variants(plan: Plan) -> dict: # name -> plan
@@ -349,12 +349,12 @@ def run_encoder(stamps: StampSet,
     return run_pretrainings(stamps, folder, "encoder", plan, encoder_variants(plan), device,
                             progress, in_memory)
 
-# %% ../nbs/51_runs.ipynb #167c546a
+# %% ../nbs/51_runs.ipynb #16711072
 def some_labels(stamps: StampSet, train: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     "The training rows of a fraction of the galaxies; a larger fraction has them too."
     return train[split(stamps.catalogue[train], {"labels": fraction}, seed)["labels"]]
 
-# %% ../nbs/51_runs.ipynb #8b029f4d
+# %% ../nbs/51_runs.ipynb #01fb23ae
 LABEL_FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.)
 
 def run_label_efficiency(stamps: StampSet,
@@ -394,6 +394,6 @@ def run_label_efficiency(stamps: StampSet,
             if not rank_distrib(): write_json(home/"curve.json", curve)
     return folder
 
-# %% ../nbs/51_runs.ipynb #f0ee6169
+# %% ../nbs/51_runs.ipynb #c074e983
 STUDIES = {"mask-ratio": run_mask_ratio, "pretraining-epochs": run_pretraining_epochs,
            "encoder": run_encoder, "label-efficiency": run_label_efficiency}

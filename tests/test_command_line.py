@@ -176,7 +176,7 @@ def test_galaxies_without_redshift(refused, astromae, tmp_path, models):
     images, table = some()
     table["z_spec"] = np.nan
     stamps = write_stamp_set(tmp_path/"stamps", [(images, table)], N).folder
-    refused("catalogue.fits has no z_spec in 70 of the 70 training rows", "finetune", stamps, tmp_path/"run",
+    refused("catalogue.fits has no z_spec in 70 of the 70 train rows", "finetune", stamps, tmp_path/"run",
             "--network", "Henghes et al.", "--experiment", "accuracy")
     assert astromae("predict", models/"network", stamps, tmp_path/"z.fits")[0] == 0
 

@@ -557,6 +557,8 @@ def test_advice_on_conditions():
     (np.array([1237648720693756218, 1237648720693756290]).astype(float), "loses their last digits"),
     (np.array([10000*2**50 + 5, 1], np.uint64), "more than an int64 holds"),
     (np.array([str(10000*2**50 + 5), "1"]), "more than an int64 holds"),
+    (np.array([1237648720693756218, 1237648720693756290]).astype("f4"), "numbers above 16,777,216 as float32"),
+    (np.ma.array([5, 6], mask=[0, 1]), "whole numbers, one for every row"),
     (np.array([1.5, 2]), "whole numbers, one for every row"), (np.array([np.inf, 2]), "whole numbers"),
 ])
 def test_an_identifier_is_kept_or_refused(objid, message):
@@ -568,6 +570,23 @@ def test_an_identifier_is_kept_or_refused(objid, message):
 def test_identifiers_of_any_type(objid):
     got = house_catalogue({"object_id": objid}, 2)[0]["objid"]
     assert got.dtype == np.int64 and got.tolist() == [int(one) for one in objid]
+
+
+@pytest.mark.parametrize("spelling", ["object_id", "OBJECT_ID"])
+def test_a_text_is_a_name_and_no_identifier(tmp_path, spelling):
+    catalogue = {spelling: ["J0012+01", "J0013"], "z": [0.1, 0.2]}
+    stamps = import_arrays(np.ones((2, 8, 8, 5), np.float32), catalogue, tmp_path/"set")
+    assert stamps.catalogue["object_name"].tolist() == ["J0012+01", "J0013"]
+    assert stamps.catalogue["objid"].tolist() == [0, 1] and stamps.labelled.all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_small_numbers_stay_numbers(tmp_path, masked):
+    "Which FITS would keep as true and false."
+    images, table = some(6)
+    table["small"] = np.ma.array(np.arange(6, dtype=np.int8), mask=[False, False, masked, False, False, False])
+    kept = write_stamp_set(tmp_path/"set", [(images, table)], 6).catalogue["small"]
+    assert np.ma.asarray(kept).tolist() == [0, 1, None if masked else 2, 3, 4, 5]
 
 
 def test_positions_are_brought_into_degrees(tmp_path):
@@ -640,6 +659,22 @@ def test_it_goes_on_after_kills_and_two_at_once_are_refused(tmp_path):
     assert all(first % 10 == 0 for first in firsts)
     np.testing.assert_array_equal(StampSet.open(tmp_path/"set").verify().images, source(1000)[1][100:])
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_kill_after_the_last_step_does_not_stop_the_next_import(tmp_path):
+    stamps = write_source(source()[0], tmp_path/"set")
+    made = source()[0]
+    with pytest.raises(KeyboardInterrupt): write_source(interrupt(source()[0], 3), tmp_path/"other")
+    (tmp_path/".other.unfinished").rename(tmp_path/".set.unfinished")
+    shutil.rmtree(tmp_path/".set.unfinished"/"set") # as if it had just been put in place
+    again = write_source(made, tmp_path/"set", overwrite=True)
+    np.testing.assert_array_equal(again.images, stamps.images)
+
+
+def test_the_folder_one_stands_in_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused("is the folder you are in", write_stamp_set, ".", [some(3)], 3)
+    assert list(tmp_path.iterdir()) == []
 
 
 KILLED = """

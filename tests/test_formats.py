@@ -184,6 +184,11 @@ def test_a_further_tensor_takes_nobodys_place(tmp_path):
     torch.save({"images": images, "redshift": first, "ebv": second, "magnitudes": magnitudes}, tmp_path/"a.pt")
     catalogue = open_source(tmp_path/"a.pt").catalogue
     assert catalogue["z_spec"].tolist() == first.tolist() and catalogue["ebv"].tolist() == second.tolist()
+    for name in ("Redshift", "zspec", "labels"):
+        torch.save({"images": images, name: first}, tmp_path/"named.pt")
+        assert open_source(tmp_path/"named.pt").catalogue["z_spec"].tolist() == first.tolist()
+    mine = Table({"z_spec": np.full(6, 0.9)})
+    refused("several columns called 'z_spec'", open_source, tmp_path/"named.pt", catalogue=mine)
     torch.save([images, first, second], tmp_path/"b.pt")
     refused("several columns called 'z_spec'", open_source, tmp_path/"b.pt")
     torch.save({"images": images, "magnitudes": magnitudes, "errors": magnitudes/100}, tmp_path/"c.pt")
@@ -299,6 +304,7 @@ def test_values_that_are_not_known_stay_unknown(tmp_path):
     images, table = some(12_000, size=4)
     unknown = np.arange(12_000) > 11_000 # in the last block that is written, not in the first
     table["plate"] = np.ma.array(np.arange(12_000), mask=unknown)
+    table["nothing"] = np.ma.array(np.arange(12_000), mask=True)
     table["large"] = np.ma.array(np.full(12_000, 2**60 + 1), mask=unknown)
     table["clean"] = np.ma.array(np.ones(12_000, bool), mask=unknown)
     table["name"] = np.ma.array(np.full(12_000, "M31"), mask=unknown)
@@ -308,6 +314,8 @@ def test_values_that_are_not_known_stay_unknown(tmp_path):
     known = {"plate": np.arange(12_000), "large": np.full(12_000, 2**60 + 1), "clean": np.ones(12_000),
              "name": np.full(12_000, "M31")}
     for again in (stamps, import_stamps(tmp_path/"a.h5", tmp_path/"h5"), import_stamps(tmp_path/"a.fits", tmp_path/"fits")):
+        nothing = np.ma.asarray(again.catalogue["nothing"])
+        assert nothing.dtype.kind in "if" and not np.isfinite(nothing.astype(float).filled(np.nan)).any()
         for name, truth in known.items():
             column = again.catalogue[name]
             lost = np.ma.getmaskarray(np.ma.asarray(column)).copy()

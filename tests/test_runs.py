@@ -16,7 +16,7 @@ from astropy.table import Table
 import astromae
 from astromae import comparison, runs
 from astromae.comparison import MAGNITUDE_METHODS, Comparison, compare, verdict
-from astromae.dataset import StampSet
+from astromae.dataset import StampSet, write_stamp_set
 from astromae.errors import InputError
 from astromae.experiments import split_rows
 from astromae.formats import import_stamps
@@ -301,6 +301,17 @@ def test_the_studies_refuse_what_they_cannot_do(stamps, tmp_path):
     refused("would be empty", stamps, tmp_path/"run", run=run_label_efficiency, fractions=(1., 0.001))
     one = 1.2/len(split_rows(stamps, "1", 42)["train"])
     refused("are those of 1 of", stamps, tmp_path/"run", run=run_label_efficiency, fractions=(1., one))
+
+
+def test_a_comparison_looks_at_the_labels_first(stamps, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "train_networks", lambda *_: pytest.fail("trained"))
+    settings = Comparison(networks=TINY.networks)
+    bad = write_stamp_set(tmp_path/"bad", [(np.asarray(stamps.images[:]), stamps.catalogue.copy())], len(stamps))
+    row = split_rows(stamps, settings.experiment, settings.seed)["test"][2]
+    bad.catalogue["z_spec"][row] = np.nan
+    bad = write_stamp_set(tmp_path/"worse", [(np.asarray(bad.images[:]), bad.catalogue)], len(bad))
+    with pytest.raises(InputError, match=f"test rows .the first is row {row}"):
+        compare(tmp_path/"walk", settings, bad.folder, device="cpu", progress=False)
 
 
 def test_a_network_that_diverged_stops_nobody_else(stamps, tmp_path, monkeypatch):

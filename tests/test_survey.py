@@ -13,6 +13,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import requests
+import torch
 from archive import MOODS, Archive, SkyServer, archive_path, invented_sky, serving, small_frame
 from astropy import units as u
 from astropy.coordinates import SkyCoord
@@ -344,7 +345,9 @@ def test_lists_of_positions_of_any_kind(sky, tmp_path):
     primary = PHOTOMETRY[PHOTOMETRY["mode"] == 1][:20]
     frame = primary[["dec", "ra"]].reset_index(drop=True)
     hours = QTable({"ra": (frame["ra"].to_numpy()*u.deg).to(u.hourangle), "dec": frame["dec"].to_numpy()*u.deg})
-    for k, positions in enumerate((frame, frame.to_dict("list"), frame.to_records(index=False), hours)):
+    kinds = (frame, frame.to_dict("list"), frame.to_records(index=False), hours,
+             torch.tensor(frame[["ra", "dec"]].to_numpy()))
+    for k, positions in enumerate(kinds):
         found = query(sky, tmp_path/f"{k}.fits", positions=positions)
         assert list(found["objid"]) == list(primary["objID"])
 
@@ -482,7 +485,7 @@ def test_a_killed_query_loses_nothing(sky, tmp_path):
 @pytest.mark.parametrize("options, message", [
     (dict(selection="all"), "no selection 'all'"), (dict(region=(1, 2)), "must be ra, dec, radius"),
     (dict(region=()), "must be ra, dec, radius"), (dict(radius=200), "up to 180"),
-    (dict(region=(1, 2, 5, 4)), "is empty"), (dict(region="north"), "must be ra, dec, radius"),
+    (dict(region=(1, 2, 5, 4)), "is empty"), (dict(region=(350, -10, 0, 1)), "is empty"), (dict(region="north"), "must be ra, dec, radius"),
     (dict(chunk=0), "from 1 to 500,000"), (dict(chunk=10**6), "from 1 to 500,000"),
     (dict(limit=0), "leaves nothing"), (dict(sql="DROP TABLE x"), "one SELECT"),
     (dict(sql="SELECT TOP 5 objid FROM x"), "without 'TOP'"),
