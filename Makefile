@@ -47,7 +47,7 @@ docs: env
 readme: env
 	@$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README nbs/index.ipynb
 	@sed -i -e '1i <!-- Written from nbs/index.ipynb by `make readme`: edit the notebook. -->\n' \
-	  -e '/^#| /d' -e 's#](\(images/\|results/\|tutorials/\|60_\)#](nbs/\1#g' README.md
+	  -e '/^#| /d' -e 's#](\(images/\|results/\|tutorials/\|[0-9][0-9]_\)#](nbs/\1#g' README.md
 
 bench: env
 	@$(BIN)/astromae bench bench

@@ -9,7 +9,7 @@ __all__ = ['PUBLISHED_METRICS', 'PUBLISHED', 'PUBLISHED_GALAXIES', 'TABLE_METRIC
            'draw_residuals', 'training_blocks', 'curve_lines', 'mask_blocks', 'curve_blocks', 'departures',
            'page_title', 'parts_sentence', 'page_blocks', 'as_markdown', 'report']
 
-# %% ../nbs/52_report.ipynb #04398df1
+# %% ../nbs/52_report.ipynb #65c4c38b
 import base64
 import json
 from collections import namedtuple
@@ -38,7 +38,7 @@ from .redshift import ARCHITECTURES
 from .runs import pretrained_kinds
 from .training import FinetuneSettings, PretrainSettings
 
-# %% ../nbs/52_report.ipynb #5f504699
+# %% ../nbs/52_report.ipynb #9ad5ed54
 PUBLISHED_METRICS = ("mse", "mae", "bias", "precision", "r2")
 
 _TABLE_4 = {
@@ -64,7 +64,7 @@ PUBLISHED = {table: {name: dict(zip(PUBLISHED_METRICS, row)) for name, row in ro
              for table, rows in (("Table IV", _TABLE_4), ("Table V", _TABLE_5))}
 PUBLISHED_GALAXIES = 659_857  # of Pasquet et al. (2019), in both tables
 
-# %% ../nbs/52_report.ipynb #78e9c7ad
+# %% ../nbs/52_report.ipynb #c89ef1d6
 TABLE_METRICS = {"sigma_mad": "σ_MAD", "precision": "precision", "mae": "MAE", "mse": "MSE",
                  "bias": "bias", "r2": "R²", "outlier_fraction_005": "|Δz| > 0.05"}
 STUDY_AXES = {"mask-ratio": ("mask ratio", False), # label, is the axis logarithmic?
@@ -99,7 +99,7 @@ class Run:
         scored = {name for scores in self.scores.values() for name in scores}
         return [name for name in (*self.plan["networks"], *MAGNITUDE_METHODS) if name in scored]
 
-# %% ../nbs/52_report.ipynb #a97d1a3f
+# %% ../nbs/52_report.ipynb #c7094028
 @contextmanager
 def _understanding(file: Path):
     "Whatever fails in the block is said as one sentence on the file."
@@ -118,7 +118,7 @@ def _read(file: Path, kind: type = dict):
         if not isinstance(found, kind): raise TypeError(f"it holds no {kind.__name__}")
         return found
 
-# %% ../nbs/52_report.ipynb #dcf3541e
+# %% ../nbs/52_report.ipynb #629d89f6
 YOUNGER_SETTINGS = {"softening"}
 
 def _complete_plan(description: dict):
@@ -147,7 +147,7 @@ def _read_scores(file: Path, metrics, keys=("name",)) -> list: # of dictionaries
             for metric in metrics: float(row[metric] or 0)
     return rows
 
-# %% ../nbs/52_report.ipynb #0dba34f4
+# %% ../nbs/52_report.ipynb #d45a25e8
 def read_run(folder) -> Run: # `InputError` if the folder is none of an experiment
     "Read the folder of an experiment, finished or not."
     folder = Path(folder)
@@ -173,7 +173,7 @@ def read_run(folder) -> Run: # `InputError` if the folder is none of an experime
                description["stamps"], _read(folder/"environment.json"), predictions, scores, curves,
                logs)
 
-# %% ../nbs/52_report.ipynb #1763f169
+# %% ../nbs/52_report.ipynb #e6186acc
 def _state(run: Run, seed: int, name: str, epochs: int) -> str|None: # None: finished
     "How far a training has come."
     if (run.folder/f"seed-{seed}"/name/"model").exists(): return None
@@ -206,12 +206,12 @@ def missing_parts(run: Run) -> list: # of sentences; empty: the run is finished
         if left: found.append(f"Seed {seed} still needs {', '.join(left)}.")
     return found
 
-# %% ../nbs/52_report.ipynb #97647127
+# %% ../nbs/52_report.ipynb #08242eb5
 Block = namedtuple("Block", "kind content caption", defaults=("",))
 Cell = namedtuple("Cell", "text note best", defaults=("", False))
 Row = namedtuple("Row", "kind cells")  # kind: ours or published
 
-# %% ../nbs/52_report.ipynb #04e35801
+# %% ../nbs/52_report.ipynb #660db465
 def _as_text(metric: str, value: float|None, sign: str = "") -> str:
     "A value with as many digits as the paper gives; fractions in percent."
     if value is None: return "–"
@@ -235,7 +235,7 @@ def best_name(run: Run, names, metric: str = "precision") -> str|None: # None: a
     means = {name: np.mean(cost(values)) for name, values in found.items() if None not in values}
     return min(means, key=means.get, default=None)
 
-# %% ../nbs/52_report.ipynb #1575eec3
+# %% ../nbs/52_report.ipynb #5728b94f
 def _diverged(score: dict) -> bool:
     "Is none of the metrics a number?"
     return all(score[metric] is None for metric in TABLE_METRICS)
@@ -258,7 +258,7 @@ def score_table(run: Run) -> Block:
             for metric in TABLE_METRICS)]))
     return Block("table", [["", *TABLE_METRICS.values()], rows])
 
-# %% ../nbs/52_report.ipynb #85efb3b4
+# %% ../nbs/52_report.ipynb #88cc330a
 def pairs(field: str, better, worse) -> list: # of (the better by the claim, the other)
     "Architectures that differ in one field of their configuration only."
     configs = {name: asdict(config) for name, config in ARCHITECTURES.items()}
@@ -273,10 +273,12 @@ CLAIMS = {
     "AstroMAE beats Henghes et al.": pairs("encoder", "pcm", "none")
                                      + pairs("encoder", "plain", "none")}
 
-# %% ../nbs/52_report.ipynb #9dc7d7cf
-def compare_seeds(run: Run, a: str, b: str) -> tuple|None: # None: no seed has both
-    "Ratio of the precision of two columns of predictions, and the ends of its 95% interval."
-    found = [paired_ratio(table, a, b, "precision")
+# %% ../nbs/52_report.ipynb #a78b8ff4
+def compare_seeds(run: Run, a: str, b: str,
+                  metric: str = "precision" # which the paper publishes
+                 ) -> tuple|None:           # None: no seed has both
+    "Ratio of a metric of two columns of predictions, and the ends of its 95% interval."
+    found = [paired_ratio(table, a, b, metric)
              for table in run.predictions.values() if is_finite(table, a) and is_finite(table, b)]
     if not found: return None
     (logs, low, high), n = np.log(found).T, len(found)
@@ -289,7 +291,7 @@ def published_ratio(published: str, a: str, b: str) -> float|None:
     table = PUBLISHED[published]
     return table[a]["precision"]/table[b]["precision"] if {a, b} <= set(table) else None
 
-# %% ../nbs/52_report.ipynb #29322e9b
+# %% ../nbs/52_report.ipynb #247df1cf
 def compared_pairs(run: Run) -> dict: # claim -> {(a, b): (ratio, low, high)}
     "Every claim's pairs that this run can compare, and AstroMAE against magnitudes alone."
     methods = [name for name in run.names if name in MAGNITUDE_METHODS]
@@ -307,7 +309,7 @@ def pair_sentence(table: str, a: str, b: str, ratio: float, low: float, high: fl
     return (ratio_sentence(a, b, "scatter", ratio, low, high)
             + (f" Published: {published:.2f}." if published else ""))
 
-# %% ../nbs/52_report.ipynb #beb44317
+# %% ../nbs/52_report.ipynb #5f85e8c3
 def _what_intervals_cover(run: Run, n: int) -> str: # n: comparisons
     "What the intervals say, and how many of them chance makes wrong."
     seeds = len(run.predictions)
@@ -340,7 +342,7 @@ def claim_blocks(run: Run) -> list:
                                   for pair, ratio in compared.items()])]
     return blocks
 
-# %% ../nbs/52_report.ipynb #2a2f86d1
+# %% ../nbs/52_report.ipynb #a4064b3e
 def _group(name: str) -> str:
     "The grid in which a network is drawn."
     if name not in ARCHITECTURES: return "magnitudes alone"
@@ -361,7 +363,7 @@ def scatter_blocks(run: Run) -> list:
                   f"Predicted against spectroscopic redshift, {group}, seed {seed}.")
             for group, found in groups.items()]
 
-# %% ../nbs/52_report.ipynb #1a589477
+# %% ../nbs/52_report.ipynb #316f9b85
 def _shown(run: Run) -> list:
     "The names whose residuals are drawn: the best network, Henghes et al., the best method."
     table = next(iter(run.predictions.values()))
@@ -384,7 +386,7 @@ def draw_residuals(run: Run) -> Figure:
             ax.set_title(name)
     return figure
 
-# %% ../nbs/52_report.ipynb #8a854f5f
+# %% ../nbs/52_report.ipynb #65ba08b7
 def training_blocks(run: Run) -> list:
     "The learning rates, and the losses of what has been trained with the first seed that has any."
     phases = (PHASES[name](**run.plan[name]) for name in ("pretraining", "finetuning"))
@@ -397,7 +399,7 @@ def training_blocks(run: Run) -> list:
                                          f"Losses of every training, seed {seed}")]
     return blocks
 
-# %% ../nbs/52_report.ipynb #41d8afd3
+# %% ../nbs/52_report.ipynb #492edf53
 def curve_lines(run: Run) -> dict: # name -> table with columns x, y (sigma_mad), error
     "The scatter of each network and probe along the values, mean over the seeds."
     points = pd.DataFrame([(point["name"], point["x"], point["sigma_mad"],
@@ -419,7 +421,7 @@ def mask_blocks(run: Run) -> list:
     return [Block("text", f"Really masked, of the {patches} patches of an image: " + ", ".join(
         f"{n} ({n/patches:.1%}) at {ratio:g}" for ratio, n in hidden.items()) + ".")]
 
-# %% ../nbs/52_report.ipynb #e8194b8b
+# %% ../nbs/52_report.ipynb #8bca62c9
 def curve_blocks(run: Run) -> list:
     "The curves as a figure and as a table."
     lines, (xlabel, logarithmic), seeds = curve_lines(run), STUDY_AXES[run.study], len(run.curves)
@@ -440,7 +442,7 @@ def curve_blocks(run: Run) -> list:
             Block("table", [[f"σ_MAD by {xlabel}", *map(value_label, run.values)], rows]),
             *(mask_blocks(run) if run.study == "mask-ratio" else [])]
 
-# %% ../nbs/52_report.ipynb #0b47c396
+# %% ../nbs/52_report.ipynb #55f6710b
 def departures(plan: dict) -> list: # of sentences
     "Settings that are not the defaults, phase by phase."
     defaults = {phase: settings() for phase, settings in PHASES.items()}
@@ -455,7 +457,7 @@ def departures(plan: dict) -> list: # of sentences
         if found: sentences.append(f"{phase}: {', '.join(found)}.")
     return sentences
 
-# %% ../nbs/52_report.ipynb #04ced208
+# %% ../nbs/52_report.ipynb #87a8d0af
 def page_title(run: Run) -> str:
     "The data set and the experiment in one line."
     done = f"experiment {run.plan['experiment']}" if run.study == "experiment" else run.study
@@ -484,7 +486,7 @@ def _introduction(run: Run) -> list:
             *([Block("warning", "This run is not finished."), Block("list", missing)]
               if missing else [])]
 
-# %% ../nbs/52_report.ipynb #292fb65a
+# %% ../nbs/52_report.ipynb #c0b204fa
 def _reading(run: Run) -> list:
     "How the table is to be read."
     errors = "Below each value: its bootstrap error over the test galaxies"
@@ -503,7 +505,7 @@ def _reading(run: Run) -> list:
                               for metric, label in TABLE_METRICS.items()],
                   "What the metrics are")]
 
-# %% ../nbs/52_report.ipynb #d70d8d79
+# %% ../nbs/52_report.ipynb #78ffb2c1
 def page_blocks(run: Run) -> list:
     "The whole page, from top to bottom."
     blocks = _introduction(run)
@@ -524,7 +526,7 @@ def page_blocks(run: Run) -> list:
         "list", [f"{key}: {value}" for key, value in run.environment.items()])]
     return blocks
 
-# %% ../nbs/52_report.ipynb #b007e6d1
+# %% ../nbs/52_report.ipynb #ec5668d0
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2.5rem auto;
        padding: 0 1.2rem; }
@@ -546,7 +548,7 @@ figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption, details { colo
   font-size: .88rem; }
 """
 
-# %% ../nbs/52_report.ipynb #d538035d
+# %% ../nbs/52_report.ipynb #2561dd7c
 _HTML = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{{ title }}</title><style>""" + _STYLE + """</style></head><body>
@@ -574,7 +576,7 @@ _HTML = """<!doctype html>
 """
 _TEMPLATE = Template(_HTML, autoescape=True)
 
-# %% ../nbs/52_report.ipynb #68c0ed31
+# %% ../nbs/52_report.ipynb #a4a5bdc5
 def _markdown_row(cells: list) -> str:
     "A row of a table; a vertical bar would end a cell."
     texts = [f"{f'**{cell.text}**' if cell.best else cell.text} {cell.note}" for cell in cells]
@@ -595,7 +597,7 @@ def as_markdown(block: Block) -> str:
         return "\n".join(([f"{caption}:\n"] if caption else []) + [f"- {item}" for item in content])
     return content
 
-# %% ../nbs/52_report.ipynb #daf82642
+# %% ../nbs/52_report.ipynb #2af220f3
 def report(folder          # of an experiment, finished or not
           ) -> Path:       # the HTML page; report.md and figures/ are written beside it
     "Write `report.html` and `report.md` into the folder of an experiment."

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PLANS', 'NETWORKS', 'LEAST_TRAINING', 'MASK_RATIOS', 'PRETRAINING_EPOCHS', 'SOFTENINGS', 'LABEL_FRACTIONS', 'STUDIES',
            'Plan', 'plan_named', 'rows_of_seeds', 'git_commit', 'environment', 'write_split', 'begin_run',
-           'pretrained_kinds', 'pretrain_encoders', 'wait_for', 'finetune_plan', 'probe_columns', 'run_networks',
-           'run_experiment', 'curve_points', 'run_pretrainings', 'run_mask_ratio', 'change_pretraining',
-           'run_pretraining_epochs', 'encoder_variants', 'run_encoder', 'some_labels', 'run_label_efficiency']
+           'pretrained_kinds', 'pretrain_encoders', 'finetune_plan', 'probe_columns', 'run_networks', 'run_experiment',
+           'curve_points', 'run_pretrainings', 'run_mask_ratio', 'change_pretraining', 'run_pretraining_epochs',
+           'encoder_variants', 'run_encoder', 'some_labels', 'run_label_efficiency']
 
-# %% ../nbs/51_runs.ipynb #dd2453e3
+# %% ../nbs/51_runs.ipynb #e12668c7
 import json
 import platform
 import subprocess
@@ -36,9 +36,9 @@ from .probes import PROBES
 from .redshift import ARCHITECTURES, architecture
 from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
                                PretrainSettings, claim_run, match_encoder, pretrain,
-                               process_device, rank_and_world)
+                               process_device, rank_and_world, wait_for)
 
-# %% ../nbs/51_runs.ipynb #7deda590
+# %% ../nbs/51_runs.ipynb #e0ec63f4
 @dataclass(frozen=True)
 class Plan:
     "What is pretrained, fine-tuned and compared; the defaults are the paper's experiment 1."
@@ -63,7 +63,7 @@ class Plan:
             f"the seeds are {', '.join(map(str, self.seeds))}; choose numbers from 0 to "
             f"{2**32 - 1}.")
 
-# %% ../nbs/51_runs.ipynb #9d728b76
+# %% ../nbs/51_runs.ipynb #4fdb3324
 PLANS = {
     "paper": Plan(),
     "gpu-hour": Plan(
@@ -77,7 +77,7 @@ PLANS = {
         finetuning=replace(FINETUNE_PRESETS["demo"], epochs=25, cycle=25, rate=1e-3,
                            batch_size=32))}
 
-# %% ../nbs/51_runs.ipynb #0ba0fad9
+# %% ../nbs/51_runs.ipynb #7175717b
 NETWORKS = {**dict.fromkeys(EXPERIMENTS, tuple(ARCHITECTURES)),
             "2": ("pcm-AstroMAE", "Henghes et al."),
             **dict.fromkeys(("mask-ratio", "pretraining-epochs", "encoder"), ("pcm-ViT",)),
@@ -99,7 +99,7 @@ def plan_named(name: str = "1",       # one of `NETWORKS`: an experiment or a st
                    networks=tuple(networks) or NETWORKS[name],
                    seeds=tuple(seeds) or PLANS[preset].seeds)
 
-# %% ../nbs/51_runs.ipynb #d388097e
+# %% ../nbs/51_runs.ipynb #663f5da5
 LEAST_TRAINING = 50
 
 def rows_of_seeds(stamps: StampSet, plan: Plan) -> dict: # seed -> rows, see `split_rows`
@@ -112,7 +112,7 @@ def rows_of_seeds(stamps: StampSet, plan: Plan) -> dict: # seed -> rows, see `sp
             f"train on in experiment {plan.experiment}; take a set that leaves {LEAST_TRAINING}.")
     return rows
 
-# %% ../nbs/51_runs.ipynb #57047c16
+# %% ../nbs/51_runs.ipynb #8a1abf0a
 def git_commit(folder: Path) -> str: # forty hexadecimal digits, or unknown
     "The commit that last changed a folder."
     try: said = subprocess.run(["git", "-C", folder, "log", "-1", "--format=%H", "--", "."],
@@ -129,7 +129,7 @@ def environment(device=None) -> dict: # name -> version, or what it is
             "machine": platform.platform(), "device": str(device),
             "processes": rank_and_world()[1], "threads": torch.get_num_threads()}
 
-# %% ../nbs/51_runs.ipynb #68c89868
+# %% ../nbs/51_runs.ipynb #935ca4ee
 def write_split(file: Path, stamps: StampSet, experiment: str, seed: int):
     "Write which part every row of the set is in."
     parts = split(stamps.catalogue, experiment_named(experiment).fractions, seed)
@@ -156,7 +156,7 @@ def begin_run(folder: Path, stamps: StampSet, plan: Plan, device,
         if not (file := folder/f"seed-{seed}"/"split.fits").exists():
             write_split(file, stamps, plan.experiment, seed)
 
-# %% ../nbs/51_runs.ipynb #7811932b
+# %% ../nbs/51_runs.ipynb #3e2cdbf9
 def pretrained_kinds(networks: tuple) -> list: # of plain and pcm
     "The kinds of encoder that these networks want pretrained."
     wanted = [architecture(name) for name in networks]
@@ -170,11 +170,7 @@ def pretrain_encoders(folder: Path, stamps: StampSet, rows: dict, plan: Plan, se
                            replace(plan.pretraining, seed=seed), **where)
             for kind in pretrained_kinds(plan.networks)}
 
-# %% ../nbs/51_runs.ipynb #9871fc8f
-def wait_for(file: Path, seconds: float = 0.5):
-    "Return when a file is there; look again after some seconds."
-    while not file.exists(): time.sleep(seconds)
-
+# %% ../nbs/51_runs.ipynb #2dffd995
 def finetune_plan(folder: Path,       # each network gets a folder in it
                   stamps: StampSet, rows: dict, plan: Plan,
                   names: tuple,       # of the plan's networks
@@ -202,7 +198,7 @@ def probe_columns(stamps: StampSet, train: np.ndarray, test: np.ndarray, network
     return {f"{kind} {name}": partial(by_probe, probe, kind)
             for kind in sorted({*frozen} - {"none"}) for name, probe in PROBES.items()}
 
-# %% ../nbs/51_runs.ipynb #e1f793c3
+# %% ../nbs/51_runs.ipynb #27cf087c
 def run_networks(folder: Path,       # networks, predictions and metrics go there
                  stamps: StampSet,
                  rows: dict,         # from `split_rows`
@@ -230,7 +226,7 @@ def run_networks(folder: Path,       # networks, predictions and metrics go ther
     write_json(folder/"metrics.json", scores)
     return scores
 
-# %% ../nbs/51_runs.ipynb #5237161c
+# %% ../nbs/51_runs.ipynb #2fd97d3c
 def run_experiment(stamps: StampSet,          # labelled where the experiment wants it
                    folder,                    # of the run; goes on where it stopped
                    plan: Plan = Plan(),
@@ -249,12 +245,12 @@ def run_experiment(stamps: StampSet,          # labelled where the experiment wa
                      magnitude_methods(stamps))
     return folder
 
-# %% ../nbs/51_runs.ipynb #0653f6eb
+# %% ../nbs/51_runs.ipynb #3a49a6b0
 def curve_points(variant: str, x: float, scores: list, **more) -> list: # one per score
     "The scores of one variant as points of a curve."
     return [{"variant": variant, "x": x, **more, **score} for score in scores]
 
-# %% ../nbs/51_runs.ipynb #fbc48293
+# %% ../nbs/51_runs.ipynb #7b3b7df6
 def run_pretrainings(stamps: StampSet, folder, study: str,
                      plan: Plan,      # of all
                      plans: dict,     # value of the study -> plan
@@ -278,7 +274,7 @@ def run_pretrainings(stamps: StampSet, folder, study: str,
             if not rank_distrib(): write_json(home/"curve.json", curve)
     return folder
 
-# %% ../nbs/51_runs.ipynb #a487e9f7
+# %% ../nbs/51_runs.ipynb #e90a3ab1
 MASK_RATIOS = (0.25, 0.5, 0.6, 0.75, 0.9)
 
 def run_mask_ratio(stamps: StampSet,
@@ -294,7 +290,7 @@ def run_mask_ratio(stamps: StampSet,
              for ratio in ratios}
     return run_pretrainings(stamps, folder, "mask-ratio", plan, plans, device, progress, in_memory)
 
-# %% ../nbs/51_runs.ipynb #0ffd512d
+# %% ../nbs/51_runs.ipynb #96ae3d22
 def change_pretraining(plan: Plan, **settings) -> Plan:
     "The plan with some settings of pretraining otherwise."
     return replace(plan, pretraining=replace(plan.pretraining, **settings))
@@ -315,7 +311,7 @@ def run_pretraining_epochs(stamps: StampSet,
     return run_pretrainings(stamps, folder, "pretraining-epochs", plan, plans, device, progress,
                             in_memory)
 
-# %% ../nbs/51_runs.ipynb #b62ad3a4
+# %% ../nbs/51_runs.ipynb #d268539c
 SOFTENINGS = (5, 20) # of arcsinh, in sigma
 
 def encoder_variants(plan: Plan) -> dict: # name -> plan
@@ -349,12 +345,12 @@ def run_encoder(stamps: StampSet,
     return run_pretrainings(stamps, folder, "encoder", plan, encoder_variants(plan), device,
                             progress, in_memory)
 
-# %% ../nbs/51_runs.ipynb #16711072
+# %% ../nbs/51_runs.ipynb #70fa429c
 def some_labels(stamps: StampSet, train: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     "The training rows of a fraction of the galaxies; a larger fraction has them too."
     return train[split(stamps.catalogue[train], {"labels": fraction}, seed)["labels"]]
 
-# %% ../nbs/51_runs.ipynb #01fb23ae
+# %% ../nbs/51_runs.ipynb #7fd918f5
 LABEL_FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.)
 
 def run_label_efficiency(stamps: StampSet,
@@ -394,6 +390,6 @@ def run_label_efficiency(stamps: StampSet,
             if not rank_distrib(): write_json(home/"curve.json", curve)
     return folder
 
-# %% ../nbs/51_runs.ipynb #c074e983
+# %% ../nbs/51_runs.ipynb #26583f0b
 STUDIES = {"mask-ratio": run_mask_ratio, "pretraining-epochs": run_pretraining_epochs,
            "encoder": run_encoder, "label-efficiency": run_label_efficiency}

@@ -7,10 +7,10 @@ __all__ = ['PRETRAIN_PRESETS', 'FINETUNE_PRESETS', 'LOSSES', 'Trained', 'Pretrai
            'schedule_of', 'normalised_absolute_error', 'SeedEpoch', 'ImageRate', 'History', 'optimizer_tensors',
            'restore_optimizer', 'Checkpoint', 'finished_epochs', 'load_checkpoint', 'process_device', 'synchronised',
            'rank_and_world', 'make_loaders', 'describe_data', 'check_run', 'claim_run', 'make_learner', 'train_phase',
-           'autoencoder_loss', 'load_trained', 'pretrain', 'redshift_scale', 'match_encoder', 'check_labels',
-           'weights_digest', 'finetune']
+           'autoencoder_loss', 'load_trained', 'wait_for', 'pretrain', 'redshift_scale', 'match_encoder',
+           'check_labels', 'weights_digest', 'finetune']
 
-# %% ../nbs/21_training.ipynb #c8a86f09
+# %% ../nbs/21_training.ipynb #e61f7dc0
 import gc
 import hashlib, json, time
 from collections import namedtuple
@@ -31,7 +31,7 @@ from fastai.data.core import DataLoaders
 from fastai.distributed import DistributedTrainer
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import distrib_barrier, get_model, num_distrib, rank_distrib
+from fastai.torch_core import get_model, num_distrib, rank_distrib
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.layers import convert_sync_batchnorm
@@ -47,7 +47,7 @@ from .models import Preprocessing, check_bands, load_model, save_model
 from .redshift import RedshiftConfig, RedshiftNetwork, transfer_encoder
 from .schedules import decaying_restarts, warmup_cosine
 
-# %% ../nbs/21_training.ipynb #33849d6b
+# %% ../nbs/21_training.ipynb #7ea07461
 @dataclass(frozen=True)
 class PretrainSettings:
     "How the masked autoencoder is trained; the defaults are the paper's."
@@ -65,7 +65,7 @@ class PretrainSettings:
     checkpoint_every: int = 10           # epochs [ours]
     seed: int = 42
 
-# %% ../nbs/21_training.ipynb #9e4c92d7
+# %% ../nbs/21_training.ipynb #6d77450a
 @dataclass(frozen=True)
 class FinetuneSettings:
     "How the redshift network is trained; the defaults are the paper's."
@@ -89,7 +89,7 @@ class FinetuneSettings:
     checkpoint_every: int = 10           # epochs [ours]
     seed: int = 42
 
-# %% ../nbs/21_training.ipynb #c9abdc07
+# %% ../nbs/21_training.ipynb #6e2edd25
 PRETRAIN_PRESETS = {
     "paper": PretrainSettings(),
     "demo": PretrainSettings(epochs=5, batch_size=128, peak_rate=1e-3, warmup_epochs=1,
@@ -102,7 +102,7 @@ FINETUNE_PRESETS = {
                              scale_redshift=True, whole_image_statistics=True),
 }
 
-# %% ../nbs/21_training.ipynb #541cc7c3
+# %% ../nbs/21_training.ipynb #7a632a03
 def check_settings(settings: PretrainSettings|FinetuneSettings):
     "Refuse settings with which nobody can train."
     schedule_of(settings)
@@ -123,7 +123,7 @@ def schedule_of(settings: PretrainSettings|FinetuneSettings): # a function of th
         return warmup_cosine(settings.epochs, settings.warmup_epochs, settings.peak_rate)
     return decaying_restarts(settings.epochs, settings.rate, settings.cycle, settings.decay)
 
-# %% ../nbs/21_training.ipynb #41cbe795
+# %% ../nbs/21_training.ipynb #4207a670
 def normalised_absolute_error(prediction: torch.Tensor, # (B,) predicted redshift
                               z_spec: torch.Tensor      # (B,) spectroscopic redshift
                              ) -> torch.Tensor:         # scalar
@@ -132,7 +132,7 @@ def normalised_absolute_error(prediction: torch.Tensor, # (B,) predicted redshif
 
 LOSSES = {"mse": F.mse_loss, "absolute": F.l1_loss, "normalised": normalised_absolute_error}
 
-# %% ../nbs/21_training.ipynb #035baadc
+# %% ../nbs/21_training.ipynb #c01f650d
 class SeedEpoch(Callback):
     "Make every epoch draw the same random numbers in every run with the same seed."
     order = -20
@@ -145,7 +145,7 @@ class SeedEpoch(Callback):
         self._seed(self.epoch + 1)
     def before_validate(self): self._seed(0)
 
-# %% ../nbs/21_training.ipynb #f883f00d
+# %% ../nbs/21_training.ipynb #0cc8c32c
 class ImageRate(Callback):
     "One progress bar for the whole phase: images, their rate, and the loss."
     order = 60
@@ -164,7 +164,7 @@ class ImageRate(Callback):
         "Take the bar away, also when the training was broken off."
         if hasattr(self, "bar"): self.bar.close()
 
-# %% ../nbs/21_training.ipynb #9dfeb56c
+# %% ../nbs/21_training.ipynb #4ccddbad
 class History(Callback):
     "Write the losses, the learning rate and the time of every epoch to a CSV file."
     order = 61
@@ -181,7 +181,7 @@ class History(Callback):
                           "rate": self.opt.hypers[-1]["lr"], "seconds": time.time() - self.begun})
         with write_aside(self.file) as new: pd.DataFrame(self.rows).to_csv(new, index=False)
 
-# %% ../nbs/21_training.ipynb #45115239
+# %% ../nbs/21_training.ipynb #d0a5e8ea
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict: # name -> tensor
     "The state of an optimizer as a flat dictionary of tensors."
     state = optimizer.state_dict()["state"]
@@ -198,7 +198,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, # with the parameters of
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-# %% ../nbs/21_training.ipynb #4d023188
+# %% ../nbs/21_training.ipynb #55e3874a
 class Checkpoint(Callback):
     "Write weights, optimizer and the number of finished epochs, every few epochs."
     order = 65
@@ -231,11 +231,10 @@ def load_checkpoint(file: Path, learner: Learner) -> int: # epochs that are fini
     restore_optimizer(learner.opt.opt, parts["optimizer"])
     return finished_epochs(file)
 
-# %% ../nbs/21_training.ipynb #0c1d7565
+# %% ../nbs/21_training.ipynb #04b7fed5
 def process_device(name: str|None = None) -> torch.device: # None: this process's GPU, else the CPU
     "The device of this process: with several processes and GPUs, each has its own."
-    own = PartialState().device if num_distrib() else None # and the processes know one another
-    return own if own and name is None else select_device(name)
+    return PartialState().device if name is None and num_distrib() else select_device(name)
 
 def synchronised(model: torch.nn.Module) -> torch.nn.Module: # the same, with the same parameters
     "Exchange BatchNorm layers for ones that measure over all processes, if they have GPUs."
@@ -246,7 +245,7 @@ def rank_and_world() -> tuple: # this process's number, and how many there are
     "Which process this is, of how many."
     return rank_distrib(), max(num_distrib(), 1)
 
-# %% ../nbs/21_training.ipynb #b8518ad3
+# %% ../nbs/21_training.ipynb #78b4f902
 def make_loaders(stamps: StampSet, rows: np.ndarray, valid_rows: np.ndarray,
                  targets: str,                 # images or redshift
                  preprocessing: Preprocessing, # crop and normalisation
@@ -264,7 +263,7 @@ def make_loaders(stamps: StampSet, rows: np.ndarray, valid_rows: np.ndarray,
                         interpolation=settings.interpolation, **common),
             BatchLoader(stamps, valid_rows, train=False, **common))
 
-# %% ../nbs/21_training.ipynb #670b0b8b
+# %% ../nbs/21_training.ipynb #71768629
 def describe_data(stamps: StampSet, train_rows: np.ndarray, valid_rows: np.ndarray) -> dict:
     "What identifies the data of a run: the set's checksums, which part of it, and the rows."
     return {"checksums": stamps.description["checksums"],
@@ -272,7 +271,7 @@ def describe_data(stamps: StampSet, train_rows: np.ndarray, valid_rows: np.ndarr
             "train_rows": [len(train_rows), digest_rows(train_rows)],
             "valid_rows": [len(valid_rows), digest_rows(valid_rows)]}
 
-# %% ../nbs/21_training.ipynb #74b96658
+# %% ../nbs/21_training.ipynb #03cfa5c6
 def _differences(old: dict, new: dict, prefix: str = "") -> list:
     "Names and values that two nested dictionaries do not share."
     found = []
@@ -300,7 +299,7 @@ def claim_run(folder: Path, description: dict):
     if (folder/"run.json").exists() or rank_distrib(): return
     write_json(folder/"run.json", description)
 
-# %% ../nbs/21_training.ipynb #2145f9b6
+# %% ../nbs/21_training.ipynb #90b6f6cb
 def make_learner(model, loaders, loss, settings) -> Learner:
     "A fastai `Learner` with the paper's AdamW and no callbacks but the recorder."
     adamw = partial(OptimWrapper, opt=torch.optim.AdamW, betas=settings.betas, fused=True)
@@ -311,7 +310,7 @@ def make_learner(model, loaders, loss, settings) -> Learner:
     learner.logger = lambda *args: None
     return learner
 
-# %% ../nbs/21_training.ipynb #1191f4b2
+# %% ../nbs/21_training.ipynb #f8d50d76
 def train_phase(model,            # on the device
                 loaders,          # training and validation `BatchLoader`
                 loss,             # of (prediction, target)
@@ -332,7 +331,7 @@ def train_phase(model,            # on the device
         with learner.distrib_ctx(sync_bn=False), closing(bar):
             learner.fit(settings.epochs, cbs=[*callbacks, *cbs], start_epoch=start)
 
-# %% ../nbs/21_training.ipynb #c70f8bc0
+# %% ../nbs/21_training.ipynb #60fe96b7
 def autoencoder_loss(output, images):
     "The loss that a `MaskedAutoencoder` returns first; the images are its own target."
     return output[0]
@@ -348,19 +347,17 @@ def load_trained(folder, kind: str|None = None) -> Trained: # the run's folder; 
     model, preprocessing = load_model(folder/"model", device="cpu", kind=kind)
     return Trained(model, preprocessing, pd.read_csv(folder/"history.csv"), folder)
 
-def _is_finished(folder: Path) -> bool:
-    "Whether there is a model; every process has looked before any goes on, and could write one."
-    finished = (folder/"model").exists()
-    distrib_barrier()
-    return finished
+def wait_for(path: Path, seconds: float = 0.5):
+    "Return when a file or folder is there; look again after some seconds."
+    while not path.exists(): time.sleep(seconds)
 
 def _finish(folder: Path, model, preprocessing: Preprocessing) -> Trained:
     "Save the model from the first process; every process returns what was saved."
     if rank_distrib() == 0: save_model(folder/"model", model, preprocessing)
-    distrib_barrier()
+    wait_for(folder/"model")
     return load_trained(folder)
 
-# %% ../nbs/21_training.ipynb #64034cc1
+# %% ../nbs/21_training.ipynb #b4d612c3
 def pretrain(stamps: StampSet,                  # images; redshifts are not looked at
              rows: np.ndarray,                  # row numbers to train on
              watch_rows: np.ndarray,            # row numbers to watch the loss on
@@ -378,7 +375,7 @@ def pretrain(stamps: StampSet,                  # images; redshifts are not look
                    "data": describe_data(stamps, rows, watch_rows)}
     check_run(folder, description)
     check_settings(settings)
-    if _is_finished(folder): return load_trained(folder)
+    if (folder/"model").exists(): return load_trained(folder)
     images = fit_normalisation(stamps, rows, settings.normalisation, settings.softening)
     preprocessing = Preprocessing(stamps.bands, stamps.pixel_scale, stamps.unit, model.image_size,
                                   images)
@@ -391,13 +388,13 @@ def pretrain(stamps: StampSet,                  # images; redshifts are not look
                 progress, cbs)
     return _finish(folder, autoencoder, preprocessing)
 
-# %% ../nbs/21_training.ipynb #e50f6212
+# %% ../nbs/21_training.ipynb #766bf97b
 def redshift_scale(stamps: StampSet, rows: np.ndarray) -> dict: # fields of a `RedshiftConfig`
     "Mean and standard deviation of the redshifts of the training rows."
     z_spec = stamps.redshifts()[rows]
     return {"redshift_mean": float(z_spec.mean()), "redshift_std": float(z_spec.std())}
 
-# %% ../nbs/21_training.ipynb #572b0287
+# %% ../nbs/21_training.ipynb #0a871ada
 def match_encoder(network: RedshiftConfig,       # an architecture
                   autoencoder: MAEConfig         # that of the pretrained weights
                  ) -> RedshiftConfig:            # the same, with the autoencoder's sizes
@@ -405,7 +402,7 @@ def match_encoder(network: RedshiftConfig,       # an architecture
     sizes = {field.name: getattr(autoencoder, field.name) for field in fields(EncoderConfig)}
     return replace(network, **{**sizes, "encoder": network.encoder})
 
-# %% ../nbs/21_training.ipynb #7766b68c
+# %% ../nbs/21_training.ipynb #766e1af3
 def check_labels(stamps: StampSet, rows: np.ndarray, part: str): # training, validation or test
     "Refuse rows without a spectroscopic redshift or without magnitudes."
     complete = {"z_spec": stamps.labelled, "mag_*": np.isfinite(stamps.magnitudes()).all(axis=1)}
@@ -416,7 +413,7 @@ def check_labels(stamps: StampSet, rows: np.ndarray, part: str): # training, val
                              f"of the {len(rows)} {part} rows (the first is row {missing[0]}); "
                              "leave them out with --where, or mend them.")
 
-# %% ../nbs/21_training.ipynb #664268c7
+# %% ../nbs/21_training.ipynb #88beabe9
 def weights_digest(model: torch.nn.Module) -> str: # sixteen hexadecimal digits
     "A short fingerprint of all weights of a model."
     digest = hashlib.sha256()
@@ -425,7 +422,7 @@ def weights_digest(model: torch.nn.Module) -> str: # sixteen hexadecimal digits
         digest.update(tensor.detach().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/21_training.ipynb #4ef6220e
+# %% ../nbs/21_training.ipynb #487e4b63
 def _adapted(network: RedshiftConfig, stamps, rows, settings, autoencoder) -> RedshiftConfig:
     "A network with the set's bands, the autoencoder's sizes, and the scale of the redshifts."
     network = replace(network, channels=len(stamps.bands))
@@ -434,7 +431,7 @@ def _adapted(network: RedshiftConfig, stamps, rows, settings, autoencoder) -> Re
         network = match_encoder(network, autoencoder.model.config)
     return replace(network, **redshift_scale(stamps, rows)) if settings.scale_redshift else network
 
-# %% ../nbs/21_training.ipynb #eaa3c741
+# %% ../nbs/21_training.ipynb #281078ca
 def finetune(stamps: StampSet,                  # images, magnitudes, redshifts
              rows: np.ndarray,                  # row numbers to train on
              valid_rows: np.ndarray,            # row numbers to watch the loss on
@@ -461,7 +458,7 @@ def finetune(stamps: StampSet,                  # images, magnitudes, redshifts
                    "pretrained": autoencoder and weights_digest(autoencoder.model)}
     check_run(folder, description)
     check_settings(settings)
-    if _is_finished(folder): return load_trained(folder)
+    if (folder/"model").exists(): return load_trained(folder)
     images = (autoencoder.preprocessing.images if autoencoder
               else fit_normalisation(stamps, rows, settings.normalisation, settings.softening))
     magnitudes = fit_normalisation(stamps.magnitudes(), rows, settings.magnitude_normalisation)

@@ -192,7 +192,9 @@ def test_a_further_tensor_takes_nobodys_place(tmp_path):
     torch.save([images, first, second], tmp_path/"b.pt")
     refused("several columns called 'z_spec'", open_source, tmp_path/"b.pt")
     torch.save({"images": images, "magnitudes": magnitudes, "errors": magnitudes/100}, tmp_path/"c.pt")
-    refused("several columns called 'mag_u'", open_source, tmp_path/"c.pt")
+    refused("'errors' of the shape (6, 5), which is neither", open_source, tmp_path/"c.pt")
+    torch.save([images, magnitudes, magnitudes/100], tmp_path/"d.pt")
+    refused("several columns called 'mag_u'", open_source, tmp_path/"d.pt")
 
 
 def test_a_selection_is_exported(tmp_path):
