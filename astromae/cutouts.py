@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cut_stamp_set']
 
-# %% ../nbs/07_cutouts.ipynb #a5c554a5
+# %% ../nbs/07_cutouts.ipynb #61aea301
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .sources import read_catalogue
 from .stamps import cut_fields, look_like_radians
 from .survey import BANDS
 
-# %% ../nbs/07_cutouts.ipynb #643d668d
+# %% ../nbs/07_cutouts.ipynb #47d3f6d1
 def _refuse_all_empty(chunks,       # pairs of images and `Table`
                       table: Table, # the catalogue
                       where: str):  # what to call it in an error
@@ -33,7 +33,7 @@ def _refuse_all_empty(chunks,       # pairs of images and `Table`
         "beside it; " + ("they look like radians; give degrees."
                          if look_like_radians(table["ra"], table["dec"]) else "check them."))
 
-# %% ../nbs/07_cutouts.ipynb #0d8e82d5
+# %% ../nbs/07_cutouts.ipynb #4cdea164
 def cut_stamp_set(frames,                       # folder with the frames
                   folder,                       # where the stamp set is to be
                   catalogue=None,               # `Table` or file with ra, dec; None: detect them

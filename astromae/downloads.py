@@ -6,7 +6,7 @@
 __all__ = ['RETRIES', 'LONGEST_WAIT', 'TIMEOUT', 'SLOWEST', 'TRICKLE_AFTER', 'LEFTOVER', 'TryAgain', 'Unreachable', 'Refused',
            'check_status', 'reaching_out', 'with_patience', 'download', 'RemoteFile', 'FetchSummary', 'fetch_files']
 
-# %% ../nbs/00_downloads.ipynb #9aeff725
+# %% ../nbs/00_downloads.ipynb #bb31db99
 import os, shutil, threading, time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from urllib3.util import Retry
 
 from .errors import InputError, write_aside
 
-# %% ../nbs/00_downloads.ipynb #7d9a1e3b
+# %% ../nbs/00_downloads.ipynb #e6c8b992
 class TryAgain(Exception):
     "An attempt failed, and another one later may not."
     def __init__(self, reason: str, wait: float = 0.):
@@ -37,7 +37,7 @@ class Refused(Exception):
         super().__init__(reason)
         self.reason = reason
 
-# %% ../nbs/00_downloads.ipynb #0b2f825f
+# %% ../nbs/00_downloads.ipynb #42033210
 def check_status(response: requests.Response):
     "Let status 200 pass; `TryAgain` for trouble that may go by, `Refused` for any other."
     if response.status_code == 200: return
@@ -48,7 +48,7 @@ def check_status(response: requests.Response):
     except InvalidHeader: wait = 0.
     raise TryAgain(reason, wait)
 
-# %% ../nbs/00_downloads.ipynb #60e311b9
+# %% ../nbs/00_downloads.ipynb #8d740933
 @contextmanager
 def reaching_out():
     "Say what `requests` raises as `TryAgain`, `Unreachable` or `Refused`."
@@ -62,11 +62,11 @@ def reaching_out():
             raise TryAgain("the server did not answer in time") from error
         raise Unreachable("the server cannot be reached") from error
 
-# %% ../nbs/00_downloads.ipynb #2f757662
+# %% ../nbs/00_downloads.ipynb #7ad16fba
 RETRIES = Retry(total=5, backoff_factor=0.5, backoff_jitter=0.5, backoff_max=60)
 LONGEST_WAIT = 300  # seconds that a server may ask for
 
-# %% ../nbs/00_downloads.ipynb #3a9830bb
+# %% ../nbs/00_downloads.ipynb #0c4584db
 def with_patience(attempt: Callable,         # without arguments; raises `TryAgain` if it failed
                   retries: Retry = RETRIES,  # how often, and how the waits grow
                   sleep: Callable = time.sleep  # called with seconds
@@ -81,7 +81,7 @@ def with_patience(attempt: Callable,         # without arguments; raises `TryAga
             except MaxRetryError: raise error from None
             sleep(max(retries.get_backoff_time(), error.wait))
 
-# %% ../nbs/00_downloads.ipynb #e1758d44
+# %% ../nbs/00_downloads.ipynb #736e7045
 TIMEOUT = (10, 60)     # seconds to connect, and for the next bytes to come
 SLOWEST = 1_000        # bytes per second, on average
 TRICKLE_AFTER = 30     # seconds before that is asked for
@@ -97,7 +97,7 @@ def _receive(response, path) -> int:
                 raise TryAgain(f"only {size/seconds:.0f} bytes per second came")
     return size
 
-# %% ../nbs/00_downloads.ipynb #486c047e
+# %% ../nbs/00_downloads.ipynb #15d35a28
 def download(url: str,                        # where it is
              path,                            # where it goes
              check: Callable|None = None,     # called with a path; raises `InputError` if it is bad
@@ -114,7 +114,7 @@ def download(url: str,                        # where it is
         except InputError as error: raise TryAgain(f"what came {error}") from error
     return size
 
-# %% ../nbs/00_downloads.ipynb #5f124225
+# %% ../nbs/00_downloads.ipynb #f55ff9f3
 @dataclass(frozen=True)
 class RemoteFile:
     "A file that is wanted."
@@ -122,7 +122,7 @@ class RemoteFile:
     url: str                   # where the server has it
     found: Path|None = None    # where it lies already, if it does
 
-# %% ../nbs/00_downloads.ipynb #009e615f
+# %% ../nbs/00_downloads.ipynb #84fc8441
 @dataclass
 class FetchSummary:
     "What became of each file."
@@ -145,7 +145,7 @@ class FetchSummary:
             lines.append(f"  {', '.join(names[:3])}{more}: {reason}")
         return "\n".join(lines)
 
-# %% ../nbs/00_downloads.ipynb #415a416e
+# %% ../nbs/00_downloads.ipynb #b43b9440
 class _Checked:
     "Which files of a folder were found whole."
     def __init__(self, folder):
@@ -167,7 +167,7 @@ class _Checked:
             with open(self.path, "a") as file: file.write(f"\n{self._line(path)}")
         except OSError: return
 
-# %% ../nbs/00_downloads.ipynb #6403e448
+# %% ../nbs/00_downloads.ipynb #240f93cd
 LEFTOVER = 86_400  # seconds after which a body that nobody finished is cleared away
 
 def _clear_leftovers(folder: Path, names: set[str]):
@@ -178,7 +178,7 @@ def _clear_leftovers(folder: Path, names: set[str]):
         if ours and time.time() - entry.stat().st_mtime > LEFTOVER:
             shutil.rmtree(entry.path, ignore_errors=True)
 
-# %% ../nbs/00_downloads.ipynb #9714b675
+# %% ../nbs/00_downloads.ipynb #00ffd6ee
 @dataclass(frozen=True)
 class _Outcome:
     name: str
@@ -194,7 +194,7 @@ def _is_whole(path, checked, check) -> bool:
     except InputError: return False
     return True
 
-# %% ../nbs/00_downloads.ipynb #88abd459
+# %% ../nbs/00_downloads.ipynb #19beb251
 def _fetch_one(file: RemoteFile, folder, check, checked, retries, stop, **settings) -> _Outcome:
     "Find or fetch one file."
     def pause(seconds):
@@ -209,7 +209,7 @@ def _fetch_one(file: RemoteFile, folder, check, checked, retries, stop, **settin
     except (TryAgain, Refused) as error:
         return _Outcome(file.name, reason=error.reason, unreachable=isinstance(error, Unreachable))
 
-# %% ../nbs/00_downloads.ipynb #f6d4eff6
+# %% ../nbs/00_downloads.ipynb #7e22ac15
 def _account(summary, outcome, checked):
     "Enter one outcome into the summary."
     if outcome.path is None: summary.failed[outcome.name] = outcome.reason
@@ -219,7 +219,7 @@ def _account(summary, outcome, checked):
         (summary.already if there else summary.downloaded).append(outcome.path)
         summary.size += outcome.size or 0
 
-# %% ../nbs/00_downloads.ipynb #17b04e5d
+# %% ../nbs/00_downloads.ipynb #2510901b
 def fetch_files(files: Iterable[RemoteFile],   # each name once; repetitions are dropped
                 folder,                        # where they go
                 check: Callable|None = None,   # called with a path; `InputError` if it is bad

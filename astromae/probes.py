@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEIGHBOURS', 'PROBES', 'linear_probe', 'nearest_neighbour_probe']
 
-# %% ../nbs/35_probes.ipynb #ecca4e7c
+# %% ../nbs/35_probes.ipynb #e54c93a5
 from collections.abc import Callable
 
 import numpy as np
@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from .errors import InputError
 from .metrics import check_redshifts
 
-# %% ../nbs/35_probes.ipynb #b3f1106c
+# %% ../nbs/35_probes.ipynb #1a82b254
 def _embedding(values, name: str) -> np.ndarray: # (N, D) float64
     "An embedding; `InputError` if it is not one finite row per galaxy."
     values = np.asarray(values, dtype=np.float64)
@@ -43,7 +43,7 @@ def _probe_inputs(train_embedding, train_redshifts, test_embedding) -> tuple:
         raise InputError(f"{len(train)} training galaxies are too few for a probe; give 50.")
     return train, redshifts, test
 
-# %% ../nbs/35_probes.ipynb #22377660
+# %% ../nbs/35_probes.ipynb #f3691c06
 def linear_probe(train_embedding: np.ndarray, # (N, D)
                  train_redshifts: np.ndarray, # (N,)
                  test_embedding: np.ndarray,  # (M, D)
@@ -54,7 +54,7 @@ def linear_probe(train_embedding: np.ndarray, # (N, D)
     line = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-3, 4, 15)))
     return line.fit(train, redshifts).predict(test)
 
-# %% ../nbs/35_probes.ipynb #06f02ae4
+# %% ../nbs/35_probes.ipynb #3d156d98
 NEIGHBOURS = (5, 10, 20, 40)
 
 def nearest_neighbour_probe(train_embedding: np.ndarray, # (N, D)

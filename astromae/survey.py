@@ -9,7 +9,7 @@ __all__ = ['BANDS', 'PIXEL_SCALE', 'ZERO_POINT', 'SKY_NOISE', 'GAIN', 'PSF_FWHM'
            'asinh_mag_error', 'extinction_per_ebv', 'frame_name', 'frame_url', 'find_frame', 'check_frame',
            'fetch_frames']
 
-# %% ../nbs/00_survey.ipynb #923eec7e
+# %% ../nbs/00_survey.ipynb #ca54bd1e
 import bz2, io, re, warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,30 +22,30 @@ from urllib3.util import Retry
 from .downloads import RETRIES, FetchSummary, RemoteFile, fetch_files
 from .errors import InputError
 
-# %% ../nbs/00_survey.ipynb #98fd9f7e
+# %% ../nbs/00_survey.ipynb #aa28a643
 BANDS = ("u", "g", "r", "i", "z")
 
-# %% ../nbs/00_survey.ipynb #a4dacbb3
+# %% ../nbs/00_survey.ipynb #49a82876
 PIXEL_SCALE = 0.396  # arcsec per pixel
 ZERO_POINT = 22.5    # magnitude of one nanomaggy
 
-# %% ../nbs/00_survey.ipynb #8a618ff6
+# %% ../nbs/00_survey.ipynb #28cc10ab
 SKY_NOISE = np.array([0.039, 0.0145, 0.028, 0.039, 0.148])  # nanomaggies per pixel
 
-# %% ../nbs/00_survey.ipynb #96f5d11e
+# %% ../nbs/00_survey.ipynb #ff8cefc7
 GAIN = np.array([177.7, 1102.8, 954.5, 735.6, 139.0])  # electrons per nanomaggy
 
-# %% ../nbs/00_survey.ipynb #7acdb4ed
+# %% ../nbs/00_survey.ipynb #046b9aaa
 PSF_FWHM = np.array([1.56, 1.40, 1.38, 1.31, 1.27])           # arcsec, SDSS's psf_width
 PSF_WING_HEIGHT = np.array([0.104, 0.100, 0.060, 0.060, 0.065])  # wide over narrow, at the centre
 PSF_WING_WIDTH = np.array([2.13, 2.22, 2.38, 2.46, 2.54])     # sigma, wide over narrow
 
-# %% ../nbs/00_survey.ipynb #dc5467df
+# %% ../nbs/00_survey.ipynb #f626c81c
 PSF_SCATTER = np.array([0.168, 0.150, 0.145, 0.122, 0.109])   # standard deviation of ln(width)
 PSF_CORRELATION = 0.73                                        # of ln(width) between two bands
 SKY_NOISE_SCATTER = np.array([0.088, 0.137, 0.095, 0.068, 0.061])  # standard deviation of ln(noise)
 
-# %% ../nbs/00_survey.ipynb #524c27bb
+# %% ../nbs/00_survey.ipynb #bfaf2777
 def flux_to_mag(flux  # nanomaggies
                ):     # magnitude; NaN where the flux is not positive
     "Pogson magnitude of a flux."
@@ -57,17 +57,17 @@ def mag_to_flux(mag   # Pogson magnitude
     "Flux of a Pogson magnitude."
     return 10**(0.4*(ZERO_POINT - np.asarray(mag)))
 
-# %% ../nbs/00_survey.ipynb #b07ec8fc
+# %% ../nbs/00_survey.ipynb #33da18ec
 ASINH_SOFTENING = np.array([1.4, 0.9, 1.2, 1.8, 7.4])*1e-10  # b, in maggies
 
-# %% ../nbs/00_survey.ipynb #73124cf6
+# %% ../nbs/00_survey.ipynb #d73c8d4f
 def flux_to_asinh_mag(flux  # (..., 5) nanomaggies, bands last
                      ):     # (..., 5) asinh magnitude
     "SDSS's asinh magnitude of a flux: finite, also for a flux of zero or below."
     softness = 1e9*ASINH_SOFTENING
     return -2.5/np.log(10)*(np.arcsinh(np.asarray(flux)/(2*softness)) + np.log(ASINH_SOFTENING))
 
-# %% ../nbs/00_survey.ipynb #b72f956d
+# %% ../nbs/00_survey.ipynb #000a3f1a
 def asinh_mag_error(flux,        # (..., 5) nanomaggies, bands last
                     flux_error   # (..., 5) its standard deviation, nanomaggies
                    ):            # (..., 5) magnitudes
@@ -75,7 +75,7 @@ def asinh_mag_error(flux,        # (..., 5) nanomaggies, bands last
     softness = 1e9*ASINH_SOFTENING
     return 2.5/np.log(10)*np.asarray(flux_error)/np.hypot(np.asarray(flux), 2*softness)
 
-# %% ../nbs/00_survey.ipynb #990f8d15
+# %% ../nbs/00_survey.ipynb #d35a1784
 EXTINCTION_PER_EBV = np.array([5.155, 3.793, 2.751, 2.086, 1.479])       # mag per E(B-V), to DR12
 EXTINCTION_PER_EBV_DR13 = np.array([4.239, 3.303, 2.285, 1.698, 1.263])  # the same, since DR13
 
@@ -84,7 +84,7 @@ def extinction_per_ebv(release: int    # data release
     "The coefficients that a data release of SDSS makes its extinctions with."
     return EXTINCTION_PER_EBV if release < 13 else EXTINCTION_PER_EBV_DR13
 
-# %% ../nbs/00_survey.ipynb #7e5b2be4
+# %% ../nbs/00_survey.ipynb #57df14e3
 def frame_name(band: str, run: int, camcol: int, field: int) -> str:
     "The name of a frame, as SDSS gives it."
     return f"frame-{band}-{run:06d}-{camcol}-{field:04d}.fits.bz2"
@@ -102,7 +102,7 @@ def frame_url(band: str, run: int, camcol: int, field: int, rerun: int = 301,
                                           instrument=survey, rerun=rerun, run=run, camcol=camcol,
                                           field=field, band=band)
 
-# %% ../nbs/00_survey.ipynb #b27cf8d9
+# %% ../nbs/00_survey.ipynb #ad554cbc
 def find_frame(folder, band: str, run: int, camcol: int, field: int,
                rerun: int = 301) -> Path|None:  # None: it is not there
     "The frame in a folder, wherever it lies there."
@@ -111,7 +111,7 @@ def find_frame(folder, band: str, run: int, camcol: int, field: int,
     found = (place/called for place in places for called in (name, name.removesuffix(".bz2")))
     return next((path for path in found if path.is_file()), None)
 
-# %% ../nbs/00_survey.ipynb #abe42a31
+# %% ../nbs/00_survey.ipynb #20de401d
 _FRAME_NAME = re.compile(r"frame-(\w)-(\d{6})-(\d)-(\d{4})\.fits(\.bz2)?")
 
 def _identity(hdus) -> tuple:
@@ -135,7 +135,7 @@ def _read_frame(path: Path) -> tuple[tuple, bool]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError("is no FITS file") from error
 
-# %% ../nbs/00_survey.ipynb #f0850114
+# %% ../nbs/00_survey.ipynb #fe1e1ef7
 def check_frame(path): # a file with a frame's name
     "`InputError` unless the file is whole and the frame that its name says."
     name = _FRAME_NAME.fullmatch(Path(path).name)
@@ -146,7 +146,7 @@ def check_frame(path): # a file with a frame's name
     if found != wanted: raise InputError(
         "is band {} of {}-{}-{} and not band {} of {}-{}-{}".format(*found, *wanted))
 
-# %% ../nbs/00_survey.ipynb #1a83d554
+# %% ../nbs/00_survey.ipynb #0b421c5b
 def _fields(catalogue: Table) -> list[tuple[int, ...]]:
     "(run, camcol, field, rerun) of each field that a catalogue lies on, in order."
     names = ("run", "camcol", "field")
@@ -165,7 +165,7 @@ def _fields(catalogue: Table) -> list[tuple[int, ...]]:
         f"{', '.join(f'{value:g}' for value in table[bad[0], :3])}.")
     return [tuple(row) for row in np.unique(table.astype(int), axis=0).tolist()]
 
-# %% ../nbs/00_survey.ipynb #92294df1
+# %% ../nbs/00_survey.ipynb #f7bad69d
 FRAME_MEGABYTES = 3.4 # packed, mean of ten frames of two fields
 
 def fetch_frames(catalogue: Table,          # needs run, camcol, field
