@@ -450,6 +450,15 @@ def test_a_file_of_another_version_is_named(tmp_path, name, text):
     with pytest.raises(InputError, match=re.escape(sentence)): report(folder)
 
 
+def test_a_log_that_is_being_written_is_passed_over(tmp_path):
+    folder = write_run(tmp_path/"run")
+    training = folder/"seed-42"/"pretraining-pcm"
+    (training/".history.csv-a1b2").mkdir(parents=True)
+    (training/".history.csv-a1b2"/"history.csv").write_text("epoch,tr")
+    (training/"history.csv").write_text("epoch,train_loss,valid_loss\n0,1.0,2.0\n")
+    assert list(read_run(folder).logs[42]) == ["pretraining-pcm"]
+
+
 def test_an_empty_log_of_a_training_on_its_way_is_named(tmp_path):
     folder = write_run(tmp_path/"run")
     (folder/"seed-42"/"metrics.json").unlink()

@@ -7,6 +7,7 @@ import pytest
 from astropy.io import fits
 from astropy.table import Table, vstack
 from astropy.wcs import WCS
+from command import full_disk
 from hypothesis import given, settings, strategies as st
 
 from astromae.errors import InputError
@@ -209,6 +210,11 @@ def test_thousands_of_fields_in_any_order(tmp_path):
     together = vstack(list(tables))
     for name in catalogue.colnames: assert (together[name] == catalogue[name]).all(), name
     assert together["known"].mask.tolist() == catalogue["known"].mask.tolist()
+
+
+def test_stamps_that_wait_on_a_full_disk_are_an_error_and_not_the_end_of_the_process(tmp_path):
+    rows, pixels = np.array([1, 2]), np.ones((2, 5, 32, 32), np.float32)
+    with full_disk(), pytest.raises(OSError): list(_in_order([(rows, pixels, Table({"row": rows}))], 3, tmp_path))
 
 
 def test_nothing_is_dropped_where_frames_or_skies_are_missing(folder):
