@@ -9,7 +9,7 @@ __all__ = ['DEMO', 'ACCURACY', 'MAGNITUDE_METHODS', 'CLOSING', 'Comparison', 're
            'ratio_sentence', 'compare_two', 'verdict', 'save_figure', 'draw_reconstructions', 'draw_losses',
            'draw_rates', 'draw_figures', 'compare', 'finetune_and_score', 'run_demo']
 
-# %% ../nbs/50_comparison.ipynb #cb6d55c9
+# %% ../nbs/50_comparison.ipynb #73216aa6
 import math
 import re
 from collections.abc import Iterable
@@ -42,7 +42,7 @@ from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
                                PretrainSettings, Trained, check_labels, claim_run, finetune,
                                pretrain, schedule_of)
 
-# %% ../nbs/50_comparison.ipynb #1d0a931a
+# %% ../nbs/50_comparison.ipynb #a0146115
 @dataclass(frozen=True)
 class Comparison:
     "What is rendered, trained and compared."
@@ -57,7 +57,7 @@ class Comparison:
 
 DEMO = Comparison()
 
-# %% ../nbs/50_comparison.ipynb #664684c8
+# %% ../nbs/50_comparison.ipynb #cc555e8e
 ACCURACY = Comparison(
     experiment="accuracy", networks=("pcm-AstroMAE", "Henghes et al."), views=8,
     autoencoder=MAEConfig(encoder="pcm", depth=4, decoder_depth=2),
@@ -66,7 +66,7 @@ ACCURACY = Comparison(
     finetuning=replace(FINETUNE_PRESETS["demo"], epochs=60, cycle=60, rate=1e-3, batch_size=32,
                        checkpoint_every=4))
 
-# %% ../nbs/50_comparison.ipynb #2b15eb22
+# %% ../nbs/50_comparison.ipynb #ebc77196
 def render_stamps(folder: Path, galaxies: int, seed: int, progress: bool) -> StampSet:
     "The packaged galaxies as a stamp set, rendered unless the folder has them already."
     if folder.exists(): return StampSet.open(folder)
@@ -78,7 +78,7 @@ def render_stamps(folder: Path, galaxies: int, seed: int, progress: bool) -> Sta
     return write_stamp_set(folder, chunks, len(catalogue), dtype="float16",
                            origin="SDSS redshifts and colours are real, the pixels simulated")
 
-# %% ../nbs/50_comparison.ipynb #27245923
+# %% ../nbs/50_comparison.ipynb #66fb5ef4
 def folder_name(name: str) -> str: # letters, digits and hyphens
     "The name of a network as the name of a folder."
     return re.sub(r"[^\w-]+", "-", name).strip("-")
@@ -118,7 +118,7 @@ def train_networks(folder: Path,        # of the comparison
                                           replace(settings.finetuning, seed=settings.seed),
                                           autoencoders, device, progress)
 
-# %% ../nbs/50_comparison.ipynb #622822bd
+# %% ../nbs/50_comparison.ipynb #9e1295c9
 MAGNITUDE_METHODS = (*BASELINES, "template fit")
 
 def magnitude_methods(stamps: StampSet) -> tuple: # names
@@ -140,7 +140,7 @@ def predict_from_magnitudes(name: str,          # of `MAGNITUDE_METHODS`
     errors = np.stack([np.asarray(stamps.catalogue[column]) for column in columns], axis=1)
     return template_fit(*known, errors[train], errors[test], seed=seed)
 
-# %% ../nbs/50_comparison.ipynb #e047cb95
+# %% ../nbs/50_comparison.ipynb #2d3ed427
 def prediction_columns(stamps: StampSet,
                        rows: dict,          # from `split_rows`
                        networks: dict,      # name -> trained network
@@ -173,7 +173,7 @@ def predict_test_part(file: Path,       # the table; what it has not yet is adde
         write_predictions(table, file)
     return table
 
-# %% ../nbs/50_comparison.ipynb #46c52388
+# %% ../nbs/50_comparison.ipynb #fd80e836
 def score_column(z_phot: np.ndarray, z_spec: np.ndarray) -> dict: # see `evaluate`
     "The metrics of a column of predictions; None for each if it is not finite."
     if np.isfinite(z_phot).all(): return evaluate(z_phot, z_spec)
@@ -193,14 +193,14 @@ def score(table: Table, names: Iterable) -> list: # one dictionary per name
 def format_scores(scores: list) -> str:
     "The scores as a table in plain text."
     metrics = ("sigma_mad", "bias", "precision", "mae", "outlier_fraction_005", "r2")
-    lines = [f"{'':22}{'n':>6}" + "".join(f"{name:>22}" for name in metrics)]
+    lines = [f"{'':25}{'n':>6}" + "".join(f"{name:>22}" for name in metrics)]
     for row in scores:
         cells = ["diverged" if row[name] is None else
                  f"{row[name]:>12.5f} ± {row['errors'][name]:.5f}" for name in metrics]
-        lines.append(f"{row['name']:22}{row['n']:>6}" + "".join(f"{cell:>22}" for cell in cells))
+        lines.append(f"{row['name']:25}{row['n']:>6}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 
-# %% ../nbs/50_comparison.ipynb #4ac073a5
+# %% ../nbs/50_comparison.ipynb #f5bd9a90
 def judgement(low: float, high: float # ends of the interval of a ratio of scatters
              ) -> str:
     "Is the first of two ahead?"
@@ -229,7 +229,7 @@ def verdict(table: Table, networks: tuple) -> str:
     return "\n".join(compare_two(table, networks[0], name) for name in (mark, *networks[1:2])
                      if is_finite(table, name))
 
-# %% ../nbs/50_comparison.ipynb #40092545
+# %% ../nbs/50_comparison.ipynb #5b291cb9
 def save_figure(figure: plt.Figure, file: Path):
     "Write a figure as PNG and close it."
     with write_aside(file) as new: figure.savefig(new, format="png", dpi=130, bbox_inches="tight")
@@ -254,7 +254,7 @@ def draw_reconstructions(autoencoder: Trained, stamps: StampSet, rows: np.ndarra
         restored = preprocessing.images.inverse(reconstruct(model, seen, noise))
     return plot_reconstructions(images, mask, restored, n=n, bands=bands)
 
-# %% ../nbs/50_comparison.ipynb #3cd538e8
+# %% ../nbs/50_comparison.ipynb #28adf96d
 def draw_losses(logs: dict) -> plt.Figure: # name -> what a run wrote down, see `plot_losses`
     "The losses of every run, two panels in a row."
     figure, axes = plt.subplots(math.ceil(len(logs)/2), 2, figsize=(9, 2.8*math.ceil(len(logs)/2)))
@@ -272,7 +272,7 @@ def draw_rates(pretraining: PretrainSettings, finetuning: FinetuneSettings) -> p
     figure.tight_layout()
     return figure
 
-# %% ../nbs/50_comparison.ipynb #82aba337
+# %% ../nbs/50_comparison.ipynb #792f7280
 def draw_figures(folder: Path, stamps: StampSet, rows: dict, settings: Comparison,
                  autoencoder: Trained, networks: dict, predictions: Table):
     "Write every figure of a comparison into its folder."
@@ -288,7 +288,7 @@ def draw_figures(folder: Path, stamps: StampSet, rows: dict, settings: Compariso
     figures["losses"] = draw_losses({name: run.history for name, run in runs.items()})
     for name, figure in figures.items(): save_figure(figure, folder/f"{name}.png")
 
-# %% ../nbs/50_comparison.ipynb #73427a26
+# %% ../nbs/50_comparison.ipynb #8a157156
 def compare(folder,                        # everything is written here; goes on where it stopped
             settings: Comparison = DEMO,
             stamps=None,                   # folder of a stamp set; None: rendered in it
@@ -313,7 +313,7 @@ def compare(folder,                        # everything is written here; goes on
         save_model(folder/"model", best.model, best.preprocessing)
     return scores
 
-# %% ../nbs/50_comparison.ipynb #f73453bd
+# %% ../nbs/50_comparison.ipynb #fdc475df
 def finetune_and_score(stamps: StampSet, folder, network: str, settings: FinetuneSettings,
                        experiment: str, pretrained=None, device: str|None = None,
                        in_memory: bool = False) -> str|None:
@@ -334,7 +334,7 @@ def finetune_and_score(stamps: StampSet, folder, network: str, settings: Finetun
         save_figure(figure, folder/"scatter.png")
     return f"{format_scores(scores)}\nThe model and what it predicts are in {folder}"
 
-# %% ../nbs/50_comparison.ipynb #e9c7d51f
+# %% ../nbs/50_comparison.ipynb #cf867ce5
 CLOSING = """
 redshifts and colours are real SDSS, the pixels are simulated
 
