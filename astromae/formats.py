@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_hdf5', 'read_fits', 'read_pt', 'open_source', 'import_stamps', 'export_hdf5', 'export_fits']
 
-# %% ../nbs/06_formats.ipynb #3e45988c
+# %% ../nbs/06_formats.ipynb #9b2a1319
 import hashlib, math, re, zipfile
 from contextlib import contextmanager
 from inspect import signature
@@ -26,7 +26,7 @@ from .sources import (band_axis, band_names, bands_of_columns, check_pixels, cho
                               describe_source, fingerprint, fits_table, given_catalogue, open_fits,
                               read_npy, read_npz, reading, refuse_repeated, rows_per_block)
 
-# %% ../nbs/06_formats.ipynb #b61a09ba
+# %% ../nbs/06_formats.ipynb #4ba7176c
 _CUBE = "cube of stamps with four axes"
 _STAMPS = ("image_array", "images", "image", "cube", "stamps")
 
@@ -48,7 +48,7 @@ def _hdf5_values(data) -> np.ndarray:
     if h5py.check_string_dtype(data.dtype) is not None: return np.asarray(data.asstr()[:], str)
     return data[:]
 
-# %% ../nbs/06_formats.ipynb #233b6066
+# %% ../nbs/06_formats.ipynb #63b6959a
 def _hdf5_table(stamps, catalogue: str|None) -> Table:
     "The columns that lie beside the stamps: datasets, or one dataset of records."
     import h5py
@@ -70,7 +70,7 @@ def _hdf5_table(stamps, catalogue: str|None) -> Table:
             "stamp.")
     return table if len(table) else Table({"row": np.arange(n)})
 
-# %% ../nbs/06_formats.ipynb #2bbefc94
+# %% ../nbs/06_formats.ipynb #d4baf3cd
 _WORDS = {"object_id": "objid", "specz_redshift": "z_spec", "specz_redshift_err": "z_err",
           "Z": "z_spec", "ZERR": "z_err", "ZWARNING": "z_warning"}
 
@@ -89,7 +89,7 @@ def _house_columns(table: Table) -> Table: # with more columns
         table[ours] = values - np.asarray(table[f"a_{ours[-1]}"]) if reddened else values
     return table
 
-# %% ../nbs/06_formats.ipynb #e1779157
+# %% ../nbs/06_formats.ipynb #caf9c055
 def _hdf5_said(stamps, names) -> dict: # bands, unit, pixel_scale, origin
     "What an HDF5 file says of its stamps."
     said = {"pixel_scale": 0.168} if "y_cmodel_mag" in names else {}
@@ -109,7 +109,7 @@ def _hdf5_said(stamps, names) -> dict: # bands, unit, pixel_scale, origin
     if "pixel_scale" in said: said["pixel_scale"] = round(float(np.mean(said["pixel_scale"])), 6)
     return said
 
-# %% ../nbs/06_formats.ipynb #d479542e
+# %% ../nbs/06_formats.ipynb #ea7d3693
 def _blocks_of(data, row_bytes: int, first: int, chunk: int = 1) -> Iterator[np.ndarray]:
     "Rows of anything that takes slices, from row `first` on."
     step = rows_per_block(row_bytes, chunk)
@@ -139,7 +139,7 @@ def _hdf5_part(path: Path, images, catalogue) -> tuple: # dataset, shape, type, 
         table = _house_columns(_hdf5_table(stamps, catalogue)) if inside else Table()
         return stamps.name, stamps.shape, stamps.dtype, table, _hdf5_said(stamps, table.colnames)
 
-# %% ../nbs/06_formats.ipynb #0cd68df6
+# %% ../nbs/06_formats.ipynb #3145bc4a
 @delegates(describe_source)
 def read_hdf5(path,                    # an HDF5 file, or a folder of several
               images: str|None = None, # dataset with the stamps; None: find it
@@ -168,7 +168,7 @@ def _files_in(folder: Path, *endings) -> list: # in the order of their names
         f"{folder} holds no file that ends with {', '.join(endings)}; check the path.")
     return files
 
-# %% ../nbs/06_formats.ipynb #ca97a083
+# %% ../nbs/06_formats.ipynb #e35968b6
 def _fits_said(headers: list) -> dict: # bands, unit, pixel_scale, origin
     "What the headers of the stamps say: our words, BUNIT, FILTER, or a WCS."
     first, said = headers[0], {}
@@ -183,7 +183,7 @@ def _fits_said(headers: list) -> dict: # bands, unit, pixel_scale, origin
         if np.isfinite(degrees).all(): said["pixel_scale"] = round(3600*np.mean(degrees), 6)
     return said
 
-# %% ../nbs/06_formats.ipynb #65ef4ca6
+# %% ../nbs/06_formats.ipynb #31c8d833
 def _table_or_rows(units, catalogue: str|None, n: int, path) -> Table:
     "The catalogue in a FITS file; rows that are only numbered if there is no table at all."
     tables = any(isinstance(unit, fits.BinTableHDU) and not isinstance(unit, fits.CompImageHDU)
@@ -223,7 +223,7 @@ def read_fits(path,                    # a FITS file with a cube, or a folder wi
     return describe_source(path, table, shape, last.dtype,
                    lambda first: _fits_blocks(path, k, shape, row_bytes, first), said, k, **kwargs)
 
-# %% ../nbs/06_formats.ipynb #d0088d66
+# %% ../nbs/06_formats.ipynb #f7bb3e10
 _STRUCTURE = re.compile(r"SIMPLE|XTENSION|BITPIX|NAXIS\d*|EXTEND|[PG]COUNT|B(SCALE|ZERO|UNIT)|"
                         r"BANDS|PIXSCALE|SOURCE|CHECKSUM|DATASUM|COMMENT|HISTORY|DATE.*|WCS.*|"
                         r"FILTER|EXT\w+|C(TYPE|RPIX|RVAL|DELT|UNIT|ROTA)\d|(CD|PC)\d_\d|L..POLE|"
@@ -252,7 +252,7 @@ def _card_values(path: Path) -> dict: # column -> value
         cards |= {"ra": place.icrs.ra.deg, "dec": place.icrs.dec.deg}
     return {"file": path.name} | cards
 
-# %% ../nbs/06_formats.ipynb #c2fb8fd9
+# %% ../nbs/06_formats.ipynb #fe069fb4
 def _folder_table(folder: Path, catalogue) -> tuple[list, Table]: # files, and a row for each
     "The files of a folder and their catalogue, in one order."
     files = _files_in(folder, ".fits", ".fit", ".fits.gz", ".fits.fz", ".fits.bz2")
@@ -286,7 +286,7 @@ def _read_folder(folder: Path, catalogue, **kwargs) -> StampSource:
                    lambda first: _file_blocks(files, stamp.shape, first), said,
                    hashlib.sha256(order).hexdigest(), **kwargs)
 
-# %% ../nbs/06_formats.ipynb #daaf89e8
+# %% ../nbs/06_formats.ipynb #ff09569d
 def _pt_tensors(path: Path) -> list: # of names, or None, and tensors
     "The tensors in a `.pt` file; `InputError` if there is anything else in it."
     import torch
@@ -307,7 +307,7 @@ def _pt_tensors(path: Path) -> list: # of names, or None, and tensors
              one.detach().float() if one.dtype is torch.bfloat16 else one.detach())
             for name, one in held.items()]
 
-# %% ../nbs/06_formats.ipynb #1c708371
+# %% ../nbs/06_formats.ipynb #d70a3db8
 _REDSHIFTS = ("z", "zspec", "z_spec", "specz", "redshift", "redshifts", "label", "labels", "y")
 
 def _pt_columns(path: Path, name: str|None, values: np.ndarray, n: int, bands) -> list:
@@ -346,7 +346,7 @@ def read_pt(path,               # a file that torch.save wrote
         for row in range(first, shape[0], step): yield images[0][row:row + step].numpy()
     return describe_source(path, table, shape, dtype, rows, said, path.name, **kwargs)
 
-# %% ../nbs/06_formats.ipynb #02de38c4
+# %% ../nbs/06_formats.ipynb #43b5b7d1
 def _format(path: Path): # the reader
     "The reader for a file or a folder; `InputError` if there is none."
     if path.is_dir():
@@ -373,7 +373,7 @@ def _set_source(folder: Path) -> StampSource:
                        unit=stamps.unit, pixel_scale=stamps.pixel_scale, origin=stamps.origin,
                        fingerprint=fingerprint(folder))
 
-# %% ../nbs/06_formats.ipynb #bd814100
+# %% ../nbs/06_formats.ipynb #2530c4c5
 def open_source(path,                  # a file of any of these formats, or a folder
                 scratch = None,        # folder for a scratch file, if one is needed
                 **options              # as for its reader: `images`, `catalogue`, `bands`, ...
@@ -403,7 +403,7 @@ def import_stamps(path,                   # a file of any known format, or a fol
     return write_source(source, folder, dtype=dtype, crop=crop, where=where, overwrite=overwrite,
                         progress=progress)
 
-# %% ../nbs/06_formats.ipynb #a209e691
+# %% ../nbs/06_formats.ipynb #85832ae4
 def _check_file(path: Path, overwrite: bool):
     "Refuse to replace what is there without being asked."
     if path.is_dir() or (path.exists() and not overwrite): raise InputError(
@@ -424,11 +424,9 @@ def _unmasked(column) -> np.ndarray:
     values = np.ma.asarray(column)
     exact = values.dtype.kind in "bf" or (values.dtype.kind in "iu"
                                           and np.abs(values.astype(float)).filled(0).max() < 2**53)
-    if exact:
-        return values.astype(float).filled(np.nan)
-    return values.astype(str).filled("")
+    return values.astype(float).filled(np.nan) if exact else values.astype(str).filled("")
 
-# %% ../nbs/06_formats.ipynb #38f3e9bc
+# %% ../nbs/06_formats.ipynb #a8de4521
 def export_hdf5(stamps: StampSet,        # what to write
                 path,                    # the file
                 compression: str|None = None, # `gzip`, `lzf`, or None
@@ -458,7 +456,7 @@ def _writing(path):
     except (RuntimeError, ValueError) as error:
         raise OSError(" ".join(str(error).split())) from error
 
-# %% ../nbs/06_formats.ipynb #23fe4eb9
+# %% ../nbs/06_formats.ipynb #bf2f294b
 def export_fits(stamps: StampSet,        # what to write
                 path,                    # the file
                 overwrite: bool = False, # replace a file that is there?

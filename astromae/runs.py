@@ -9,11 +9,10 @@ __all__ = ['PLANS', 'NETWORKS', 'LEAST_TRAINING', 'MASK_RATIOS', 'PRETRAINING_EP
            'curve_points', 'run_pretrainings', 'run_mask_ratio', 'change_pretraining', 'run_pretraining_epochs',
            'encoder_variants', 'run_encoder', 'some_labels', 'run_label_efficiency']
 
-# %% ../nbs/51_runs.ipynb #e12668c7
+# %% ../nbs/51_runs.ipynb #0089684d
 import json
 import platform
 import subprocess
-import time
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -38,7 +37,7 @@ from .training import (FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneSettings,
                                PretrainSettings, claim_run, match_encoder, pretrain,
                                process_device, rank_and_world, wait_for)
 
-# %% ../nbs/51_runs.ipynb #e0ec63f4
+# %% ../nbs/51_runs.ipynb #b8d33f3d
 @dataclass(frozen=True)
 class Plan:
     "What is pretrained, fine-tuned and compared; the defaults are the paper's experiment 1."
@@ -63,7 +62,7 @@ class Plan:
             f"the seeds are {', '.join(map(str, self.seeds))}; choose numbers from 0 to "
             f"{2**32 - 1}.")
 
-# %% ../nbs/51_runs.ipynb #4fdb3324
+# %% ../nbs/51_runs.ipynb #b7950142
 PLANS = {
     "paper": Plan(),
     "gpu-hour": Plan(
@@ -77,7 +76,7 @@ PLANS = {
         finetuning=replace(FINETUNE_PRESETS["demo"], epochs=25, cycle=25, rate=1e-3,
                            batch_size=32))}
 
-# %% ../nbs/51_runs.ipynb #7175717b
+# %% ../nbs/51_runs.ipynb #e3f2041f
 NETWORKS = {**dict.fromkeys(EXPERIMENTS, tuple(ARCHITECTURES)),
             "2": ("pcm-AstroMAE", "Henghes et al."),
             **dict.fromkeys(("mask-ratio", "pretraining-epochs", "encoder"), ("pcm-ViT",)),
@@ -99,7 +98,7 @@ def plan_named(name: str = "1",       # one of `NETWORKS`: an experiment or a st
                    networks=tuple(networks) or NETWORKS[name],
                    seeds=tuple(seeds) or PLANS[preset].seeds)
 
-# %% ../nbs/51_runs.ipynb #663f5da5
+# %% ../nbs/51_runs.ipynb #eac01a98
 LEAST_TRAINING = 50
 
 def rows_of_seeds(stamps: StampSet, plan: Plan) -> dict: # seed -> rows, see `split_rows`
@@ -112,7 +111,7 @@ def rows_of_seeds(stamps: StampSet, plan: Plan) -> dict: # seed -> rows, see `sp
             f"train on in experiment {plan.experiment}; take a set that leaves {LEAST_TRAINING}.")
     return rows
 
-# %% ../nbs/51_runs.ipynb #8a1abf0a
+# %% ../nbs/51_runs.ipynb #a837aa86
 def git_commit(folder: Path) -> str: # forty hexadecimal digits, or unknown
     "The commit that last changed a folder."
     try: said = subprocess.run(["git", "-C", folder, "log", "-1", "--format=%H", "--", "."],
@@ -129,7 +128,7 @@ def environment(device=None) -> dict: # name -> version, or what it is
             "machine": platform.platform(), "device": str(device),
             "processes": rank_and_world()[1], "threads": torch.get_num_threads()}
 
-# %% ../nbs/51_runs.ipynb #935ca4ee
+# %% ../nbs/51_runs.ipynb #e209d93a
 def write_split(file: Path, stamps: StampSet, experiment: str, seed: int):
     "Write which part every row of the set is in."
     parts = split(stamps.catalogue, experiment_named(experiment).fractions, seed)
@@ -146,17 +145,17 @@ def begin_run(folder: Path, stamps: StampSet, plan: Plan, device,
     set_of_stamps = {"origin": stamps.origin, "n": len(stamps),
                      "checksums": stamps.description["checksums"],
                      "selection": selection.get("rows"), "condition": selection.get("condition")}
-    process_device(device) # refuses a device that is not there
+    here = environment(device)
     claim_run(folder, {"study": study, "values": values, "plan": asdict(plan),
-                       "stamps": set_of_stamps, "version": astromae.__version__,
-                       "commit": git_commit(Path(astromae.__file__).parent)})
+                       "stamps": set_of_stamps, "version": here["astromae"],
+                       "commit": here["commit"]})
     if rank_distrib(): return
-    if not (file := folder/"environment.json").exists(): write_json(file, environment(device))
+    if not (file := folder/"environment.json").exists(): write_json(file, here)
     for seed in plan.seeds:
         if not (file := folder/f"seed-{seed}"/"split.fits").exists():
             write_split(file, stamps, plan.experiment, seed)
 
-# %% ../nbs/51_runs.ipynb #3e2cdbf9
+# %% ../nbs/51_runs.ipynb #864ae85a
 def pretrained_kinds(networks: tuple) -> list: # of plain and pcm
     "The kinds of encoder that these networks want pretrained."
     wanted = [architecture(name) for name in networks]
@@ -170,7 +169,7 @@ def pretrain_encoders(folder: Path, stamps: StampSet, rows: dict, plan: Plan, se
                            replace(plan.pretraining, seed=seed), **where)
             for kind in pretrained_kinds(plan.networks)}
 
-# %% ../nbs/51_runs.ipynb #2dffd995
+# %% ../nbs/51_runs.ipynb #ca88143f
 def finetune_plan(folder: Path,       # each network gets a folder in it
                   stamps: StampSet, rows: dict, plan: Plan,
                   names: tuple,       # of the plan's networks
@@ -198,7 +197,7 @@ def probe_columns(stamps: StampSet, train: np.ndarray, test: np.ndarray, network
     return {f"{kind} {name}": partial(by_probe, probe, kind)
             for kind in sorted({*frozen} - {"none"}) for name, probe in PROBES.items()}
 
-# %% ../nbs/51_runs.ipynb #27cf087c
+# %% ../nbs/51_runs.ipynb #190b47af
 def run_networks(folder: Path,       # networks, predictions and metrics go there
                  stamps: StampSet,
                  rows: dict,         # from `split_rows`
@@ -226,7 +225,7 @@ def run_networks(folder: Path,       # networks, predictions and metrics go ther
     write_json(folder/"metrics.json", scores)
     return scores
 
-# %% ../nbs/51_runs.ipynb #2fd97d3c
+# %% ../nbs/51_runs.ipynb #b03b7f4b
 def run_experiment(stamps: StampSet,          # labelled where the experiment wants it
                    folder,                    # of the run; goes on where it stopped
                    plan: Plan = Plan(),
@@ -245,12 +244,12 @@ def run_experiment(stamps: StampSet,          # labelled where the experiment wa
                      magnitude_methods(stamps))
     return folder
 
-# %% ../nbs/51_runs.ipynb #3a49a6b0
+# %% ../nbs/51_runs.ipynb #a9f46f67
 def curve_points(variant: str, x: float, scores: list, **more) -> list: # one per score
     "The scores of one variant as points of a curve."
     return [{"variant": variant, "x": x, **more, **score} for score in scores]
 
-# %% ../nbs/51_runs.ipynb #7b3b7df6
+# %% ../nbs/51_runs.ipynb #ba44c0fe
 def run_pretrainings(stamps: StampSet, folder, study: str,
                      plan: Plan,      # of all
                      plans: dict,     # value of the study -> plan
@@ -274,7 +273,7 @@ def run_pretrainings(stamps: StampSet, folder, study: str,
             if not rank_distrib(): write_json(home/"curve.json", curve)
     return folder
 
-# %% ../nbs/51_runs.ipynb #e90a3ab1
+# %% ../nbs/51_runs.ipynb #281d670e
 MASK_RATIOS = (0.25, 0.5, 0.6, 0.75, 0.9)
 
 def run_mask_ratio(stamps: StampSet,
@@ -290,7 +289,7 @@ def run_mask_ratio(stamps: StampSet,
              for ratio in ratios}
     return run_pretrainings(stamps, folder, "mask-ratio", plan, plans, device, progress, in_memory)
 
-# %% ../nbs/51_runs.ipynb #96ae3d22
+# %% ../nbs/51_runs.ipynb #106e8651
 def change_pretraining(plan: Plan, **settings) -> Plan:
     "The plan with some settings of pretraining otherwise."
     return replace(plan, pretraining=replace(plan.pretraining, **settings))
@@ -311,7 +310,7 @@ def run_pretraining_epochs(stamps: StampSet,
     return run_pretrainings(stamps, folder, "pretraining-epochs", plan, plans, device, progress,
                             in_memory)
 
-# %% ../nbs/51_runs.ipynb #d268539c
+# %% ../nbs/51_runs.ipynb #72ba8c52
 SOFTENINGS = (5, 20) # of arcsinh, in sigma
 
 def encoder_variants(plan: Plan) -> dict: # name -> plan
@@ -345,12 +344,12 @@ def run_encoder(stamps: StampSet,
     return run_pretrainings(stamps, folder, "encoder", plan, encoder_variants(plan), device,
                             progress, in_memory)
 
-# %% ../nbs/51_runs.ipynb #70fa429c
+# %% ../nbs/51_runs.ipynb #df01b779
 def some_labels(stamps: StampSet, train: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     "The training rows of a fraction of the galaxies; a larger fraction has them too."
     return train[split(stamps.catalogue[train], {"labels": fraction}, seed)["labels"]]
 
-# %% ../nbs/51_runs.ipynb #7fd918f5
+# %% ../nbs/51_runs.ipynb #9d87a84c
 LABEL_FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.)
 
 def run_label_efficiency(stamps: StampSet,
@@ -390,6 +389,6 @@ def run_label_efficiency(stamps: StampSet,
             if not rank_distrib(): write_json(home/"curve.json", curve)
     return folder
 
-# %% ../nbs/51_runs.ipynb #26583f0b
+# %% ../nbs/51_runs.ipynb #7ff72b07
 STUDIES = {"mask-ratio": run_mask_ratio, "pretraining-epochs": run_pretraining_epochs,
            "encoder": run_encoder, "label-efficiency": run_label_efficiency}

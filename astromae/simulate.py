@@ -7,7 +7,7 @@ __all__ = ['COLOUR_SCATTER', 'packaged_table', 'packaged_catalogue', 'early_type
            'late_type_radius', 'radius_scatter', 'draw_profiles', 'half_light_radius', 'sersic', 'gaussian_mixture',
            'psf_gaussians', 'render', 'add_noise', 'measure', 'simulate']
 
-# %% ../nbs/02_simulate.ipynb #8de6068d
+# %% ../nbs/02_simulate.ipynb #3f7c1638
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ from .survey import (BANDS, EXTINCTION_PER_EBV, GAIN, PIXEL_SCALE, PSF_CORRELATI
                              PSF_FWHM, PSF_SCATTER, PSF_WING_HEIGHT, PSF_WING_WIDTH, SKY_NOISE,
                              SKY_NOISE_SCATTER, asinh_mag_error, flux_to_asinh_mag, flux_to_mag)
 
-# %% ../nbs/02_simulate.ipynb #701693bf
+# %% ../nbs/02_simulate.ipynb #1367fe12
 def packaged_table(name: str) -> Table:
     "A table of the package's data."
     with as_file(files("astromae")/"data"/name) as path: return Table.read(path)
@@ -44,7 +44,7 @@ def packaged_catalogue() -> Table:  # one row per galaxy
         for k, band in enumerate(BANDS): table[f"{kind}_{band}"] = packed[kind][:, k]
     return table
 
-# %% ../nbs/02_simulate.ipynb #a8e6fe6d
+# %% ../nbs/02_simulate.ipynb #f2935a99
 @lru_cache(maxsize=1)
 def _early_type_table() -> Table: return packaged_table("early_type_magnitudes.ecsv")
 
@@ -55,7 +55,7 @@ def early_type_magnitudes(z # (N,) redshift, from 0 to 1
     ab = np.stack([np.interp(z, table["redshift"], table[band]) for band in BANDS], axis=-1)
     return ab + np.array([0.04, 0., 0., 0., -0.02])
 
-# %% ../nbs/02_simulate.ipynb #66757c32
+# %% ../nbs/02_simulate.ipynb #0afe5485
 def _generator(objid, seed, rendering, purpose):
     "The random numbers of one galaxy for one purpose."
     entropy = np.random.SeedSequence([int(seed), int(rendering), purpose, int(objid)])
@@ -66,7 +66,7 @@ def _draw(objid, seed, rendering, n=24):
     return np.stack([_generator(one, seed, rendering, 0).standard_normal(n)
                      for one in np.asarray(objid)])
 
-# %% ../nbs/02_simulate.ipynb #024e5e72
+# %% ../nbs/02_simulate.ipynb #4aee369e
 COLOUR_SCATTER = np.array([0.04, 0.03, 0.02, 0.02])  # mag, in u-g, g-r, r-i, i-z
 
 def bulge_fluxes(flux,     # (N, 5) the galaxy's flux without extinction, nanomaggies
@@ -85,7 +85,7 @@ def bulge_fluxes(flux,     # (N, 5) the galaxy's flux without extinction, nanoma
     share = betaincinv(6*mean, 6*(1 - mean), ndtr(numbers[:, 4]))
     return (np.minimum(share, 0.95*limit)*flux[:, 2])[:, None]*shape
 
-# %% ../nbs/02_simulate.ipynb #09994bf5
+# %% ../nbs/02_simulate.ipynb #f9f6fab5
 def early_type_radius(M):  # kpc
     "Median half-light radius of an early-type galaxy of absolute magnitude M in r."
     return 10**(-0.4*0.6*np.asarray(M) - 4.63)
@@ -99,7 +99,7 @@ def radius_scatter(M):     # standard deviation of ln(radius)
     "Scatter of the half-light radius at absolute magnitude M in r."
     return 0.25 + (0.48 - 0.25)/(1 + 10**(-0.8*(np.asarray(M) + 20.52)))
 
-# %% ../nbs/02_simulate.ipynb #a37fa9ce
+# %% ../nbs/02_simulate.ipynb #d37f9f79
 def _sizes(flux, bulge, z, numbers):
     "Half-light radii (arcsec) and axis ratios of bulge and disc, from (N, 4) normal numbers."
     correction = early_type_magnitudes(z)[:, 2]
@@ -114,7 +114,7 @@ def _sizes(flux, bulge, z, numbers):
     disc_axis_ratio = np.sqrt(ndtr(numbers[:, 3])**2*(1 - 0.22**2) + 0.22**2)
     return bulge_radius, disc_radius, bulge_axis_ratio, disc_axis_ratio
 
-# %% ../nbs/02_simulate.ipynb #66965ddb
+# %% ../nbs/02_simulate.ipynb #1e17b183
 def _stack(catalogue, kind):
     "(N, 5) columns `kind`_u ... `kind`_z of a catalogue."
     return np.stack([np.asarray(catalogue[f"{kind}_{band}"], float) for band in BANDS], axis=1)
@@ -125,7 +125,8 @@ def draw_profiles(catalogue: Table,  # columns as in `packaged_catalogue`
                  ) -> Table:         # one row per galaxy: what `render` paints
     "Draw bulge, disc, orientation, centre, seeing and sky noise of each galaxy."
     z, objid = np.asarray(catalogue["z_spec"], float), catalogue["objid"]
-    inborn, numbers = _draw(objid, seed, 0), _draw(objid, seed, rendering)
+    inborn = _draw(objid, seed, rendering=0)
+    numbers = _draw(objid, seed, rendering) if rendering else inborn
     dimming = 10**(-0.4*_stack(catalogue, "ext"))
     flux = np.maximum(_stack(catalogue, "modelflux"), 1e-3)/dimming
     bulge = bulge_fluxes(flux, z, inborn[:, :5])
@@ -142,7 +143,7 @@ def draw_profiles(catalogue: Table,  # columns as in `packaged_catalogue`
     profiles["sky_noise"] = SKY_NOISE*np.exp(SKY_NOISE_SCATTER*numbers[:, 18:23])
     return profiles
 
-# %% ../nbs/02_simulate.ipynb #add08c27
+# %% ../nbs/02_simulate.ipynb #c74c5145
 def half_light_radius(profiles):  # (N,) arcsec
     "Radius of the circle that holds half of a galaxy's light in r."
     bulge, disc, bulge_radius, disc_radius = (np.asarray(profiles[f"{part}_{what}"]) for what in (
@@ -157,7 +158,7 @@ def half_light_radius(profiles):  # (N,) arcsec
         low, high = np.where(within(middle) < 0.5, [middle, high], [low, middle])
     return middle
 
-# %% ../nbs/02_simulate.ipynb #d8a7a3a6
+# %% ../nbs/02_simulate.ipynb #b3dd35a4
 def sersic(r, n):  # per square half-light radius
     "Surface brightness of a Sérsic profile of flux one at r half-light radii."
     b = gammaincinv(2*n, 0.5)
@@ -175,7 +176,7 @@ def gaussian_mixture(n # Sérsic index: 4 for de Vaucouleurs, 1 for exponential
                          np.append(sersic(r, n)*weight, 1e3))
     return amplitudes, variances
 
-# %% ../nbs/02_simulate.ipynb #df39734a
+# %% ../nbs/02_simulate.ipynb #853063d5
 def psf_gaussians(fwhm # (N, 5) SDSS's psf_width in u g r i z, arcsec
                  ):    # weights (5, 2), standard deviations (N, 5, 2) in pixels
     "The two Gaussians of the point spread function: narrow core and wide wing."
@@ -186,7 +187,7 @@ def psf_gaussians(fwhm # (N, 5) SDSS's psf_width in u g r i z, arcsec
     weights = np.stack([1/(1 + wing), wing/(1 + wing)], axis=-1)
     return weights, np.stack([core, core*width], axis=-1)
 
-# %% ../nbs/02_simulate.ipynb #5fc7cf96
+# %% ../nbs/02_simulate.ipynb #9659c026
 def _paint_part(column, part, n, core, size):
     "Paint bulge or disc with flux one through a round Gaussian: (B, size, size)."
     angle = torch.deg2rad(column("angle"))[:, None, None]
@@ -204,7 +205,7 @@ def _paint_part(column, part, n, core, size):
     heights = amplitudes/(2*np.pi*variances.prod(dim=2).sqrt())
     return torch.bmm(heights[:, None], gaussians).view(-1, size, size)
 
-# %% ../nbs/02_simulate.ipynb #144087bd
+# %% ../nbs/02_simulate.ipynb #a5a5395d
 def _render(profiles, size, device, margin=4):
     "Paint a few galaxies: (B, 5, size, size)."
     tensor = lambda values: torch.as_tensor(np.asarray(values, np.float32), device=device)
@@ -245,7 +246,7 @@ def render(profiles: Table,    # as `draw_profiles` makes them
               for k in range(0, len(profiles), block))
     return torch.cat([_render(one, size, device) for one in blocks])
 
-# %% ../nbs/02_simulate.ipynb #0b762729
+# %% ../nbs/02_simulate.ipynb #d8c23337
 def _noise(objid, seed, rendering, shape):
     "(N, *shape) standard normal noise, each galaxy from its own generator."
     return np.stack([_generator(one, seed, rendering, 1).standard_normal(shape, dtype=np.float32)
@@ -264,7 +265,7 @@ def add_noise(images,    # (N, 5, H, W) nanomaggies per pixel, without noise
     total += images
     return total if sky is None else total + sky
 
-# %% ../nbs/02_simulate.ipynb #69ae4cd9
+# %% ../nbs/02_simulate.ipynb #a3d49a87
 @lru_cache(maxsize=4)
 def _circles(size):
     "Trial radii (R,), and what circles of 0.8, 1, 1.25 radii hold of each pixel (3, size*size, R)."
@@ -293,7 +294,7 @@ def measure(images,     # (N, 5, H, W) nanomaggies per pixel, background zero
     return (flux_to_asinh_mag(flux) - extinction, asinh_mag_error(flux, np.sqrt(variance)),
             radii[choice]*PIXEL_SCALE)
 
-# %% ../nbs/02_simulate.ipynb #fa74f8bb
+# %% ../nbs/02_simulate.ipynb #9dfabb24
 def _check_catalogue(catalogue):
     "Raise an `InputError` that names the column and the row that cannot be simulated."
     needed = ["objid", "ra", "dec", "z_spec", *(f"{kind}_{band}" for kind in ("ext", "modelflux")
@@ -328,7 +329,7 @@ def _check_options(sky, size, **integers):
         raise InputError(f"the sky has shape {shape}, but must be (M, 5, {size}, {size}): one or "
                          "more empty stamps in u, g, r, i, z.")
 
-# %% ../nbs/02_simulate.ipynb #ef156d34
+# %% ../nbs/02_simulate.ipynb #03af0eb2
 def _described(catalogue, columns):
     "The table of some stamps: `columns` made here between those of the catalogue they belong to."
     house = {"objid": np.int64, "ra": float, "dec": float, "z_spec": np.float32,
@@ -346,7 +347,7 @@ def _described(catalogue, columns):
         if name not in order: table[f"cat_{name}"] = catalogue[name]
     return table
 
-# %% ../nbs/02_simulate.ipynb #a711743c
+# %% ../nbs/02_simulate.ipynb #b45fbb14
 def _simulated_block(catalogue, seed, rendering, device, sky, size):
     "Stamps of a few galaxies and what was drawn and measured, as columns."
     profiles, objid, chosen = draw_profiles(catalogue, seed, rendering), catalogue["objid"], None
@@ -371,7 +372,7 @@ def _simulated_block(catalogue, seed, rendering, device, sky, size):
                               "sim_aperture": aperture,
                               "sim_rendering": np.full(len(images), rendering, np.int32)}
 
-# %% ../nbs/02_simulate.ipynb #8f04a460
+# %% ../nbs/02_simulate.ipynb #e4c09a26
 def _rechunked(blocks, chunk):
     "The same rows in chunks of another size."
     held, n = [], 0
@@ -389,7 +390,7 @@ def _rechunked(blocks, chunk):
                 held, n = [], 0
     if held: yield join()
 
-# %% ../nbs/02_simulate.ipynb #00e35cc5
+# %% ../nbs/02_simulate.ipynb #6f27b536
 def simulate(catalogue: Table,       # columns as in `packaged_catalogue`
              seed: int = 0,          # another seed, another simulation
              rendering: int = 0,     # 1, 2, ...: the same galaxies as if observed again

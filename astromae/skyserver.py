@@ -6,7 +6,7 @@
 __all__ = ['SELECTIONS', 'SKYSERVER_ROWS', 'SKYSERVER_SECONDS', 'SKYSERVER_PAUSE', 'OBJID_PER_QUERY', 'POSITIONS_PER_QUERY',
            'galaxy_sql', 'query_galaxies']
 
-# %% ../nbs/00_skyserver.ipynb #d6a0e746
+# %% ../nbs/00_skyserver.ipynb #089bc8fd
 import fcntl, hashlib, io, json, re, shutil, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,7 @@ from .downloads import (RETRIES, Refused, TryAgain, Unreachable, check_status, r
 from .errors import InputError, from_os_error, write_aside
 from .survey import BANDS, extinction_per_ebv
 
-# %% ../nbs/00_skyserver.ipynb #c2aa3df2
+# %% ../nbs/00_skyserver.ipynb #03612768
 _PHOTOMETRY = {"objid": "objID", "ra": "ra", "dec": "dec",
                **{f"mag_{band}": f"dered_{band}" for band in BANDS},
                **{f"magerr_{band}": f"modelMagErr_{band}" for band in BANDS},
@@ -34,14 +34,14 @@ _PHOTOMETRY = {"objid": "objID", "ra": "ra", "dec": "dec",
 _SPECTRUM = {"z_spec": "z", "z_err": "zErr", "z_warning": "zWarning",
              "primtarget": "legacy_target1"}
 
-# %% ../nbs/00_skyserver.ipynb #97e47b01
+# %% ../nbs/00_skyserver.ipynb #78095e55
 _GOOD_SPECTRUM = ("s.class='GALAXY' AND s.survey='sdss' AND s.targetType='SCIENCE' AND "
                   "s.sciencePrimary=1 AND s.zWarning=0 AND s.z>0")
 SELECTIONS = {"paper": f"{_GOOD_SPECTRUM} AND p.clean=1 AND p.insideMask=0"}
 SELECTIONS["main"] = (SELECTIONS["paper"] + " AND s.z<=0.4 AND p.petroMag_r-p.extinction_r<=17.8"
                       " AND s.legacy_target1>=64")
 
-# %% ../nbs/00_skyserver.ipynb #8c6b6bd0
+# %% ../nbs/00_skyserver.ipynb #d9f14b18
 def _columns() -> str:
     "What is selected, under the house's names."
     named = [(f"p.{theirs}", ours) for ours, theirs in _PHOTOMETRY.items()]
@@ -62,17 +62,15 @@ def _region(region) -> tuple[str, str]:
         near = f"dbo.fGetNearbyObjEq({ra:.10g},{dec:.10g},{60*radius:.10g})"
         return f" JOIN {near} AS n ON n.objID=p.objID", ""
     west, east, south, north = numbers
-    if not (south < north and west != east): raise InputError(
+    around, west, east = east - west >= 360, west % 360, east % 360
+    if not (south < north and (around or west != east)): raise InputError(
         f"the region {region} is empty; give ra_min, ra_max, dec_min, dec_max.")
     within = f" AND p.dec>={south:.10g} AND p.dec<{north:.10g}"
-    if east - west >= 360: return "", within
-    west, east = west % 360, east % 360
-    if west == east: raise InputError(
-        f"the region {region} is empty; give ra_min, ra_max, dec_min, dec_max.")
+    if around: return "", within
     inside = f"p.ra>={west:.10g} {'AND' if west < east else 'OR'} p.ra<{east:.10g}"
     return "", f" AND ({inside}){within}"
 
-# %% ../nbs/00_skyserver.ipynb #b2aa80ae
+# %% ../nbs/00_skyserver.ipynb #6610a653
 def galaxy_sql(selection: str = "paper",  # of `SELECTIONS`
                region=None  # degrees: (ra, dec, radius) or (ra_min, ra_max, dec_min, dec_max)
               ) -> str:     # SQL for SkyServer, without limit or order
@@ -83,7 +81,7 @@ def galaxy_sql(selection: str = "paper",  # of `SELECTIONS`
     return (f"SELECT {_columns()} FROM SpecObjAll AS s JOIN PhotoObjAll AS p ON p.objID=s.bestObjID"
             f"{join} WHERE {SELECTIONS[selection]}{inside}")
 
-# %% ../nbs/00_skyserver.ipynb #d235355e
+# %% ../nbs/00_skyserver.ipynb #c088249c
 SKYSERVER_ROWS, SKYSERVER_SECONDS = 500_000, 600  # its limits for one query
 SKYSERVER_PAUSE = 1.                              # seconds between two queries
 
@@ -101,7 +99,7 @@ def _own_sql(sql: str) -> str:
             f"the SQL must do without {word.upper()!r}: {instead}.")
     return sql
 
-# %% ../nbs/00_skyserver.ipynb #aa241ca4
+# %% ../nbs/00_skyserver.ipynb #df0a9bf6
 class _TooSlow(Refused): "The query ran into SkyServer's time limit."
 
 def _read_answer(response) -> pd.DataFrame:
@@ -123,7 +121,7 @@ def _read_answer(response) -> pd.DataFrame:
     try: return pd.read_csv(io.StringIO(text), comment="#")
     except ValueError as error: raise TryAgain("SkyServer sent no readable table") from error
 
-# %% ../nbs/00_skyserver.ipynb #f50cfbe0
+# %% ../nbs/00_skyserver.ipynb #b3ab6bf4
 @contextmanager
 def _talking(server, release):
     "astroquery with our server, without its cache; its exceptions as ours."
@@ -139,7 +137,7 @@ def _talking(server, release):
         except URLError as error: raise Unreachable("the server cannot be reached") from error
         except RemoteServiceError as error: raise Refused(str(error)) from error
 
-# %% ../nbs/00_skyserver.ipynb #e370cbec
+# %% ../nbs/00_skyserver.ipynb #484d8c20
 class _SkyServer:
     "Asks SkyServer, patiently, and never faster than it likes."
     def __init__(self, server, release, retries, pause):
@@ -157,7 +155,7 @@ class _SkyServer:
         "The table that an asking method of `astroquery.sdss.SDSS` gets."
         return with_patience(lambda: self._ask(method, arguments, keywords), self.retries)
 
-# %% ../nbs/00_skyserver.ipynb #b7df184b
+# %% ../nbs/00_skyserver.ipynb #03d4ad86
 _WHOLE = {"objid": 0, "run": 0, "rerun": 0, "camcol": 0, "field": 0,
           "z_warning": -1, "primtarget": 0}  # whole numbers, and what stands for none
 
@@ -174,7 +172,7 @@ def _tidy(frame: pd.DataFrame, release: int) -> pd.DataFrame:
         if "petromag_r" in frame: frame["dered_petro_r"] = frame["petromag_r"] - frame["ext_r"]
     return frame
 
-# %% ../nbs/00_skyserver.ipynb #b739eca2
+# %% ../nbs/00_skyserver.ipynb #43e9e184
 class _Chunks:
     "The chunks of one question that have come."
     def __init__(self, folder: Path):
@@ -196,7 +194,7 @@ class _Chunks:
         self.rows += len(frame)
         with write_aside(self._path(k)) as new: Table.from_pandas(frame).write(new, format="fits")
 
-# %% ../nbs/00_skyserver.ipynb #b1083c77
+# %% ../nbs/00_skyserver.ipynb #0f2bb703
 @contextmanager
 def _alone(out: Path, question):
     "Lock and yield the hidden folder of a question; removed at the end if it holds no chunk."
@@ -215,7 +213,7 @@ def _alone(out: Path, question):
                 if not len(_Chunks(folder)): shutil.rmtree(folder, ignore_errors=True)
     except OSError as error: raise from_os_error(error, f"writing {folder}") from error
 
-# %% ../nbs/00_skyserver.ipynb #3c7c7786
+# %% ../nbs/00_skyserver.ipynb #d682b113
 def _by_sql(ask, chunks, bar, sql, chunk, limit):
     "Chunks of SQL, each of the galaxies after the last."
     last = max((int(table["objid"].max()) for table in chunks), default=0)
@@ -231,7 +229,7 @@ def _by_sql(ask, chunks, bar, sql, chunk, limit):
         chunks.add(len(chunks), frame.drop_duplicates("objid"))
         bar.update(chunks.rows - bar.n)
 
-# %% ../nbs/00_skyserver.ipynb #ace89a10
+# %% ../nbs/00_skyserver.ipynb #ce90c9c2
 OBJID_PER_QUERY = 50
 
 def _objid_sql(objid) -> str:
@@ -251,7 +249,7 @@ def _by_objid(ask, chunks, bar, objid):
             chunks.add(k, frame.drop_duplicates("objid").merge(wanted, on="objid"))
         bar.update(min(first + OBJID_PER_QUERY, len(objid)) - bar.n)
 
-# %% ../nbs/00_skyserver.ipynb #b723812f
+# %% ../nbs/00_skyserver.ipynb #3f216563
 POSITIONS_PER_QUERY = 1_000
 
 def _cross_identify(ask, rows, ra, dec, radius) -> pd.DataFrame:
@@ -280,7 +278,7 @@ def _by_position(ask, chunks, bar, ra, dec, radius):
             chunks.add(k, _tidy(frame, ask.release))
         bar.update(rows[-1] + 1 - bar.n)
 
-# %% ../nbs/00_skyserver.ipynb #44a4fd98
+# %% ../nbs/00_skyserver.ipynb #1884248f
 def _read_list(handed, names: tuple[str, ...]) -> list[np.ndarray]:
     "Columns of a table, of a file that holds one, or of an array."
     if isinstance(handed, (str, Path)):
@@ -307,7 +305,7 @@ def _read_list(handed, names: tuple[str, ...]) -> list[np.ndarray]:
     columns |= {name: in_degrees(columns[name], repr(name)) for name in {"ra", "dec"} & set(names)}
     return [np.ma.filled(np.ma.asarray(column), -1) for column in columns.values()]
 
-# %% ../nbs/00_skyserver.ipynb #e6220c65
+# %% ../nbs/00_skyserver.ipynb #a518397b
 def _positions(handed) -> tuple[np.ndarray, np.ndarray]:
     "Right ascension and declination, degrees, each where the sky is."
     columns = _read_list(handed, ("ra", "dec"))
@@ -329,7 +327,7 @@ def _objid(handed) -> list[int]:
         "the list of objid must hold whole numbers above zero, of at most 19 digits.")
     return objid
 
-# %% ../nbs/00_skyserver.ipynb #42cb6a27
+# %% ../nbs/00_skyserver.ipynb #8b05d93a
 def _question(selection, region, positions, objid, sql, chunk, limit, radius):
     "What is asked, as words that identify it; how it is walked through; how many rows at most."
     lists = [name for name, value in (("positions", positions), ("objid", objid), ("sql", sql))
@@ -351,7 +349,7 @@ def _question(selection, region, positions, objid, sql, chunk, limit, radius):
     sql = _own_sql(sql) if sql is not None else galaxy_sql(selection or "paper", region)
     return [sql, limit], lambda *to: _by_sql(*to, sql, chunk, limit), limit
 
-# %% ../nbs/00_skyserver.ipynb #8c3314f6
+# %% ../nbs/00_skyserver.ipynb #4753b6f6
 _UNITS = {"ra": "deg", "dec": "deg", "petrorad_r": "arcsec", "petromag_r": "mag",
           "dered_petro_r": "mag", "ebv": "mag",
           **{f"{kind}_{band}": "mag" for kind in ("mag", "magerr", "ext") for band in BANDS}}
@@ -382,7 +380,7 @@ def _keeping(chunks: _Chunks, server: str):
         raise InputError(f"asking SkyServer at {server} failed: {error.reason}; check {advice}."
                         ) from error
 
-# %% ../nbs/00_skyserver.ipynb #a81562bd
+# %% ../nbs/00_skyserver.ipynb #fef7cf8b
 def query_galaxies(out,                    # FITS file of the catalogue that is to be
                    selection: str|None = None,  # of `SELECTIONS`; without anything else: paper
                    region=None,    # degrees: ra, dec, radius or ra_min, ra_max, dec_min, dec_max

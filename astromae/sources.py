@@ -7,7 +7,7 @@ __all__ = ['reading', 'band_axis', 'check_pixels', 'bands_of_columns', 'band_nam
            'describe_source', 'read_ahead', 'choose', 'open_fits', 'fits_table', 'read_catalogue', 'given_catalogue',
            'rows_per_block', 'read_npz', 'read_npy']
 
-# %% ../nbs/05_sources.ipynb #c23d0971
+# %% ../nbs/05_sources.ipynb #324aa97d
 import csv, math, os, re, shutil, struct, tempfile, warnings, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,12 +23,12 @@ from astropy.table import Table
 from astropy.utils.exceptions import AstropyUserWarning
 from fastcore.meta import delegates
 
-from .catalogue import spare_objid
+from .catalogue import as_table
 from .dataset import StampSource
 from .errors import InputError, from_os_error
 from .survey import BANDS, PIXEL_SCALE
 
-# %% ../nbs/05_sources.ipynb #53145baf
+# %% ../nbs/05_sources.ipynb #eba70567
 _TROUBLE = (OSError, ValueError, TypeError, KeyError, IndexError, EOFError, RuntimeError,
             zipfile.BadZipFile, zlib.error, struct.error, fits.VerifyError, AstropyUserWarning)
 
@@ -44,7 +44,7 @@ def reading(path,        # the file
         why = " ".join(str(error).split())[:200].rstrip(".")
         raise InputError(f"{path} is not {kind} ({why}); fetch or write it again.") from error
 
-# %% ../nbs/05_sources.ipynb #42444097
+# %% ../nbs/05_sources.ipynb #0d2cc1fa
 def band_axis(where,             # what to call the cube in an error
               shape: tuple,      # (N, ...) of the cube
               n_bands: int = 0,  # number of the bands; 0: not known
@@ -64,7 +64,7 @@ def band_axis(where,             # what to call the cube in an error
         "say so with `channels_last`.")
     return axes[0]
 
-# %% ../nbs/05_sources.ipynb #7c967e0f
+# %% ../nbs/05_sources.ipynb #3bc878d5
 def check_pixels(where,            # what to call the cube in an error
                  shape: tuple,     # of the cube
                  dtype: np.dtype): # of its numbers
@@ -81,7 +81,7 @@ def check_pixels(where,            # what to call the cube in an error
     if 0 in shape: raise InputError(
         f"{where} is empty (its shape is {shape}); give at least one stamp.")
 
-# %% ../nbs/05_sources.ipynb #84648171
+# %% ../nbs/05_sources.ipynb #a895267d
 _MAGNITUDES = ("mag_{}", "dered_{}", "modelMag_{}", "{}_cmodel_mag")
 
 def bands_of_columns(names: Iterable[str], # names of a catalogue's columns
@@ -100,7 +100,7 @@ def band_names(said      # a list, or a text such as `ugriz` or `g, r, i`
     if not isinstance(said, str): return tuple(map(str, said))
     return tuple(re.split(r"[,\s]+", said.strip()) if re.search(r"[,\s]", said.strip()) else said)
 
-# %% ../nbs/05_sources.ipynb #d98da5d9
+# %% ../nbs/05_sources.ipynb #881461cf
 def _description(where, names, n_bands: int, said: dict) -> dict: # bands, unit, pixel_scale
     "What is known of the pixels; `InputError` if the bands or the scale are not."
     bands = said.get("bands") or bands_of_columns(names, n_bands)
@@ -116,7 +116,7 @@ def _description(where, names, n_bands: int, said: dict) -> dict: # bands, unit,
     unit = said.get("unit") or ("nanomaggy/pixel" if sloan else "not said")
     return {"bands": tuple(bands), "unit": str(unit), "pixel_scale": float(scale)}
 
-# %% ../nbs/05_sources.ipynb #93b3d7b2
+# %% ../nbs/05_sources.ipynb #f08ab865
 def refuse_repeated(names: Iterable[str], # names of the columns
                     where):               # what to call the table in an error
     "Refuse a table with several columns of one name."
@@ -135,10 +135,9 @@ def _tidy_columns(table: Table, where) -> Table: # the same rows
             f"{where} has the columns {before!r} and {name!r}, which differ and which a FITS table "
             "cannot tell apart; rename one.")
         del table[name]
-    spare_objid(table)
-    return table
+    return as_table(table, where)
 
-# %% ../nbs/05_sources.ipynb #b128212a
+# %% ../nbs/05_sources.ipynb #df9418cf
 def fingerprint(path: Path, # a file, or a folder of files
                 *details    # of how it is read
                ) -> dict:   # name, size, time, and the details
@@ -181,7 +180,7 @@ def describe_source(
                        fingerprint=fingerprint(path, chosen, shape, axis, dtype, known["bands"]),
                        **known)
 
-# %% ../nbs/05_sources.ipynb #84f824c2
+# %% ../nbs/05_sources.ipynb #ac68a0b0
 def read_ahead(blocks: Iterator[np.ndarray] # which may use two buffers in turn, not only one
               ) -> Iterator[np.ndarray]:
     "The same blocks, each read while the one before is in use."
@@ -191,7 +190,7 @@ def read_ahead(blocks: Iterator[np.ndarray] # which may use two buffers in turn,
             coming = reader.submit(next, blocks, None)
             yield rows
 
-# %% ../nbs/05_sources.ipynb #8a808a09
+# %% ../nbs/05_sources.ipynb #eb560f00
 def _read_csv(path) -> Table:
     "A table from comma-separated values."
     with open(path, newline="", encoding="utf-8-sig") as file:
@@ -209,7 +208,7 @@ def _read_parquet(path) -> Table:
         return Table.from_pandas(parquet.read_table(path).to_pandas())
     except ArrowException as error: raise ValueError(error) from error
 
-# %% ../nbs/05_sources.ipynb #fcba7256
+# %% ../nbs/05_sources.ipynb #19a710a0
 def choose(names: list,          # what there is
            asked: str|None,      # what was asked for
            known: Iterable[str], # names to be taken before others
@@ -227,7 +226,7 @@ def choose(names: list,          # what there is
         f"{where} has more than one {what} ({', '.join(names)}); say which to take.")
     return found[0]
 
-# %% ../nbs/05_sources.ipynb #fdcaa57e
+# %% ../nbs/05_sources.ipynb #ff8ab0df
 @contextmanager
 def open_fits(path): # the file
     "The units of a FITS file; a file that ends too soon is an error and no warning."
@@ -255,7 +254,7 @@ def _read_fits_table(path) -> Table:
     "The first table of a FITS file."
     with open_fits(path) as units: return fits_table(units, None, path)
 
-# %% ../nbs/05_sources.ipynb #93f14678
+# %% ../nbs/05_sources.ipynb #b0a94588
 _CATALOGUES = {".csv": _read_csv, ".fits": _read_fits_table, ".parquet": _read_parquet,
                ".ecsv": lambda path: Table.read(path, format="ascii.ecsv"),
                ".vot": lambda path: Table.read(path, format="votable")}
@@ -267,14 +266,14 @@ def read_catalogue(path) -> Table: # one row per galaxy
         f"{path} ends with none of {', '.join(_CATALOGUES)}; save the catalogue as one of these.")
     with reading(path, "a table as its name says"): return _CATALOGUES[path.suffix.lower()](path)
 
-# %% ../nbs/05_sources.ipynb #a31e9d4f
+# %% ../nbs/05_sources.ipynb #1b538553
 def given_catalogue(catalogue    # `Table`, file, name of something inside another file, or None
                    ) -> Table|None: # None: it is neither a table nor a file
     "The catalogue, if it was handed in or is a file of its own."
     if isinstance(catalogue, Table) or catalogue is None: return catalogue
     return read_catalogue(catalogue) if Path(catalogue).is_file() else None
 
-# %% ../nbs/05_sources.ipynb #d0b6dd59
+# %% ../nbs/05_sources.ipynb #3c337c47
 @dataclass
 class _Array:
     "An array in a `.npy` file, or in a member of an npz."
@@ -305,7 +304,7 @@ def _find_array(stream, path, size: int, member: str|None = None) -> _Array:
         f"it has {size:,} bytes where its header promises {wanted:,}")
     return array
 
-# %% ../nbs/05_sources.ipynb #1500eb9a
+# %% ../nbs/05_sources.ipynb #ec504458
 class _StoredMember:
     "The bytes of a member that is not compressed, from the archive's file; its CRC-32 is checked."
     def __init__(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo):
@@ -332,7 +331,7 @@ def _open_member(archive: zipfile.ZipFile, name: str):
     plain = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
     return _StoredMember(archive, info) if plain else archive.open(name)
 
-# %% ../nbs/05_sources.ipynb #12b53e76
+# %% ../nbs/05_sources.ipynb #a2d2ed3a
 _BLOCK = 2**24 # bytes that are handed out at a time
 
 def rows_per_block(row_bytes: int, # of one stamp
@@ -372,7 +371,7 @@ def _stream(array: _Array, first: int) -> Iterator[np.ndarray]:
             _fill(stream, memoryview(rows.view(np.uint8).reshape(-1)), f"row {start:,}")
             if start + len(rows) > first: yield rows[max(first - start, 0):]
 
-# %% ../nbs/05_sources.ipynb #6466cfdb
+# %% ../nbs/05_sources.ipynb #fc963479
 _SLAB = 2**28 # bytes
 
 def _read_slab(file, start: int, array: _Array, row: int, slab: np.ndarray):
@@ -386,7 +385,7 @@ def _turned(slab: np.ndarray, out: np.ndarray):
     "Write the transpose of `slab` into `out`, 64 pixels at a time, which a cache holds."
     for pixel in range(0, len(slab), 64): out[:, pixel:pixel + 64] = slab[pixel:pixel + 64].T
 
-# %% ../nbs/05_sources.ipynb #3d52d7ad
+# %% ../nbs/05_sources.ipynb #cee46aad
 @contextmanager
 def _jumpable(array: _Array, scratch):
     "A file that can be jumped in, and where in it the numbers start."
@@ -430,7 +429,7 @@ def _by_slabs(array: _Array, first: int, scratch=None) -> Iterator[np.ndarray]:
                 _turned(part, rows)
                 yield rows.reshape(len(rows), *array.shape[:0:-1]).transpose(0, 3, 2, 1)
 
-# %% ../nbs/05_sources.ipynb #8356dc25
+# %% ../nbs/05_sources.ipynb #913c1937
 def _npz_catalogue(archive, arrays: dict, name: str|None, n: int) -> Table:
     "The catalogue of an npz: a record array, or all arrays with one value for each stamp."
     def load(name):
@@ -450,7 +449,7 @@ def _npz_catalogue(archive, arrays: dict, name: str|None, n: int) -> Table:
         "name a file with `catalogue`.")
     return Table({one: load(one) for one in columns})
 
-# %% ../nbs/05_sources.ipynb #b127f884
+# %% ../nbs/05_sources.ipynb #4e901ee8
 def _rows_of(array: _Array, scratch=None):
     "First row -> iterator of rows, for either order of the axes."
     if array.fortran: return lambda first: _by_slabs(array, first, scratch)
@@ -479,7 +478,7 @@ def read_npz(path,                      # an npz like `sdss.npz`
     rows = _rows_of(cube, scratch)
     return describe_source(path, table, cube.shape, cube.dtype, rows, {}, name, **kwargs)
 
-# %% ../nbs/05_sources.ipynb #f37915df
+# %% ../nbs/05_sources.ipynb #6d700229
 def _beside(path: Path) -> Path:
     "The catalogue with the same name as an array."
     found = [file for ending in _CATALOGUES if (file := path.with_suffix(ending)).is_file()]
